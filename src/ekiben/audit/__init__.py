@@ -1,0 +1,1 @@
+"""Mitigations compared on validation rows, and the decision policy frozen there."""

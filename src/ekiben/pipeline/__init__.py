@@ -1,0 +1,1 @@
+"""The exported cells of the pipeline notebooks: the user's own code."""

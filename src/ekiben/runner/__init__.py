@@ -1,0 +1,1 @@
+"""Notebooks become jobs: graph, cache, papermill engine, accounts, MLflow."""

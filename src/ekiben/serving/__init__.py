@@ -1,0 +1,1 @@
+"""The service: a bundle is opened, checked and answers over HTTP."""
