@@ -27,7 +27,7 @@ run: $(STAMP)  ## run this repository's own pipeline on the embedded data
 	ekiben run
 
 test: $(STAMP)  ## run the library notebooks' own cells, then pytest
-	nbdev-test nbs/library --n_workers 2
+	nbdev-test nbs/library --n-workers 2
 	python -m pytest -q -m "not slow"
 
 slow: $(STAMP)  ## run the slow tests: whole projects on real tables

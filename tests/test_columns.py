@@ -210,3 +210,12 @@ def test_numbers_can_be_read_as_categories_and_numeric_texts_as_numbers():
     assert read["code"].tolist() == ["1", "2.5", None] and read["age"].tolist()[::2] == [3.0, 4.5]
     with pytest.raises(DataError, match="column `age` takes a number, row 1 holds something else"):
         from_arrow(pa.table({"code": [1, 2], "age": ["3", "old"]}), schema)
+
+
+def test_a_column_of_many_different_texts_is_read_like_one_of_few():
+    field = Field(name="note", kind="text", missing=("?",))
+    schema = Schema(fields=(field,), task="regression", target="y")
+    texts = [f"text {i}" for i in range(1500)] + ["?", "", None, "text 3"]
+    for column in (pa.chunked_array([texts[:700], texts[700:]]), pa.chunked_array([texts], pa.large_string())):
+        read = from_arrow(pa.table({"note": column}), schema)["note"]
+        assert read.tolist() == [*texts[:1500], None, None, None, "text 3"] and not read.flags.writeable

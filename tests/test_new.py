@@ -119,6 +119,20 @@ def test_a_sum_that_gives_the_target_away_is_named_and_one_sign_takes_it_out(pla
     assert load_settings(made.folder, env={}).columns.ignore == ("casual", "registered")
 
 
+def test_every_suggestion_can_be_acted_on_at_once(place: Path) -> None:
+    rows = ([f"u{i % 90}@example.org", f"v{i % 80}@example.org", f"19{50 + i % 40}-01-07", i * 7 % 11, "ab"[i % 2]] for i in range(300))
+    write_table(place / "people.csv", ["email", "contact", "birth_date", "amount", "y"], rows)
+    made = new_project("people", data="people.csv", target="y", sensitive=["email"])
+    path = made.folder / "settings.ini"
+    text = path.read_text()
+    for role, names in made.survey.suggest.items():
+        assert "email" not in names
+        text = text.replace(f"# {role} = {names[0]}", f"{role} = {names[0]}")
+    path.write_text(text)
+    acted = load_settings(made.folder, env={}).columns
+    assert {"contact", "birth_date"} == {*acted.private, *acted.ignore}
+
+
 def test_the_table_is_found_from_the_project(place: Path) -> None:
     for folder in ("near", "a/little/deeper"):
         made = new_project(folder, data="loans.csv", target="repaid")
@@ -298,7 +312,8 @@ def test_gates_are_such_that_the_task_can_be_judged_by(task: str, place: Path) -
 
 def test_its_own_tests_pass_whatever_the_columns_are_called(place: Path) -> None:
     odd_table(place / "odd.csv")
-    made = new_project("odd", data="odd.csv", target="class", sensitive=["for", "sex*x"])
+    made = new_project("odd", data="odd.csv", target="class", sensitive='for, sex*x, "a,b"')
+    assert load_settings(made.folder, env={}).columns.sensitive == ("for", "sex*x", "a,b")
     done = run_in(made.folder, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped" not in done.stdout
@@ -372,7 +387,7 @@ def test_the_wheel_carries_the_template(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     books = [p.name for p in (ROOT / "nbs" / "pipeline").glob("[0-9]*.ipynb")]
     assert {f"ekiben/_template/nbs/pipeline/{name}" for name in books} <= set(names)
-    assert {"ekiben/_template/bentos/scorer/service.py", "ekiben/_template/templates/project/pyproject.toml.in"} <= set(names)
+    assert {"ekiben/_template/bentos/scorer/service.py", "ekiben/project_files/pyproject.toml.in"} <= set(names)
     assert not [name for name in names if "checkpoints" in name or "__pycache__" in name or name.endswith((".db", ".parquet"))]
 
 

@@ -17,12 +17,11 @@ from ekiben.package import (
     compare_predictions,
     is_whole,
     make_bundle,
-    prove_parity,
     release,
     require_gates,
-    require_parity,
     what_is_gone,
 )
+from ekiben.parity import prove_parity, require_parity
 from ekiben.records import Judgement
 from ekiben.registry import Registry
 from ekiben.serving.bundle import Limits, Lineage

@@ -57,7 +57,7 @@ def test_the_fetched_bundle_is_the_registered_one(place, tmp_path):
 
 
 def test_aliases_move(place, tmp_path):
-    project, registry, version = place
+    _project, registry, version = place
     registry.set_alias(version, "champion")
     other = registry.register(make_project(tmp_path, rounds=5).bundle)
     assert other.version == "2"
@@ -118,7 +118,7 @@ def test_mlflows_global_settings_are_left_alone(place, monkeypatch):
 
     import mlflow
 
-    project, registry, version = place
+    _project, registry, version = place
     monkeypatch.setenv("MLFLOW_REGISTRY_URI", "sqlite:////elsewhere.db")
     before = {k: v for k, v in os.environ.items() if k.startswith("MLFLOW")}
     registry.holds(version)

@@ -107,19 +107,33 @@ def _through_distinct(column: pa.ChunkedArray, field: Field, is_stored: bool) ->
     import pyarrow.compute as pc
 
     if not pa.types.is_dictionary(column.type):
+        first = column.slice(0, 1000)
+        if field.kind in _TEXTS and kind_of_arrow(column.type) == "category" and len(first.unique()) > 500:
+            return _without_markers(column, field, is_stored).to_numpy(zero_copy_only=False)
         column = column.dictionary_encode()
     coded = column.unify_dictionaries().combine_chunks()
     if isinstance(coded, pa.ChunkedArray):
         coded = coded.chunk(0) if coded.num_chunks else pa.array([], type=column.type)
-    values = coded.dictionary.to_pylist()
-    codes = pc.fill_null(coded.indices, len(values)).to_numpy(zero_copy_only=False)
-    found = []
+    codes = pc.fill_null(coded.indices, len(coded.dictionary)).to_numpy(zero_copy_only=False)
+    if field.kind in _TEXTS and kind_of_arrow(coded.dictionary.type) == "category":
+        levels = np.full(len(coded.dictionary) + 1, None, dtype=object)
+        levels[:-1] = _without_markers(coded.dictionary, field, is_stored).to_numpy(zero_copy_only=False)
+        return levels[codes]
+    values, found = coded.dictionary.to_pylist(), []
     for i, value in enumerate(values):
         try:
-            found.append(value if is_stored and field.kind in _TEXTS else _from_text(_text_of(value), field))
+            found.append(_from_text(_text_of(value), field))
         except ValueError:
             raise _no_such(field, column, int(np.flatnonzero(codes == i)[0])) from None
     return np.array([*found, None], dtype=_DTYPES.get(field.kind, np.float64))[codes]
+
+
+def _without_markers(texts: Any, field: Field, is_stored: bool) -> Any:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    markers = pa.array([] if is_stored else ["", *field.missing], texts.type)
+    return pc.if_else(pc.is_in(texts, value_set=markers), None, texts)
 
 
 def _text_of(value: Any) -> str | None:

@@ -57,10 +57,6 @@ def _root(folder: Path | None) -> Path:
 
     return find_root((folder or Path.cwd()).resolve())
 
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
 # %% ../../nbs/library/cli.ipynb #2fc42c9c
 @app.command()
 def new(
@@ -78,6 +74,8 @@ def new(
     ignore: Annotated[str, typer.Option(help="Columns to leave out, comma-separated.")] = "",
     private: Annotated[str, typer.Option(help="Columns that must never be an input, comma-separated.")] = "",
     split: Annotated[str, typer.Option(help="auto, stratified, time, group or file.")] = "auto",
+    encoding: Annotated[str, typer.Option(help="Encoding of text files.")] = "utf-8",
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty; never deletes.")] = False,
 ) -> None:
     """Make a whole project from a table: notebooks, settings, package, tests, service, workflow.
 
@@ -92,14 +90,16 @@ def new(
         query=query,
         target=target,
         positive=positive,
-        sensitive=_names(sensitive),
+        sensitive=sensitive,
         task=task,
         time=time,
         group=group,
-        id=_names(id),
-        ignore=_names(ignore),
-        private=_names(private),
+        id=id,
+        ignore=ignore,
+        private=private,
         split=split,
+        encoding=encoding,
+        force=force,
     )
     from rich.console import Console
 
@@ -176,7 +176,9 @@ def score(
     """
     from ekiben.scoring import score_table
 
-    score_table(_root(project), source, out, on_invalid=on_invalid)
+    if on_invalid not in ("fail", "quarantine"):
+        raise UsageError(f"--on-invalid takes fail or quarantine, got `{on_invalid}`")
+    score_table(_root(project), source, out, on_invalid="fail" if on_invalid == "fail" else "quarantine")
 
 # %% ../../nbs/library/cli.ipynb #8c6b5c3b
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -198,7 +200,7 @@ def ui(
 
     Example: ekiben ui --port 5001
     """
-    from ekiben.runner.tracking import resolve_uri
+    from ekiben.registry import resolve_uri
     from ekiben.settings import load_settings
 
     root = _root(project)
@@ -264,8 +266,8 @@ def export(project: Folder = None) -> None:
     for notebook in export_notebooks(root / load_settings(root).pipeline.notebooks):
         typer.echo(os.path.relpath(notebook, root))
 
-# %% ../../nbs/library/cli.ipynb #8d8c1962
-ParsingError = typer.BadParameter.__mro__[2]  # what every error in the words of a call derives from
+# %% ../../nbs/library/cli.ipynb #f3bd8bd0
+ParsingError: Any = typer.BadParameter.__mro__[2]  # what every error in the words of a call derives from
 
 # %% ../../nbs/library/cli.ipynb #1282634b
 def main(arguments: list[str] | None = None) -> int:

@@ -83,14 +83,14 @@ class GroupCounts(NamedTuple):
     ----------
     names : list of str
         Groups, sorted.
-    index : (n,) int
+    places : (n,) int
         Each row's place in `names`.
     cells : (g, 2, 2) int
         ``[group, y, decision]``.
     """
 
     names: list[str]
-    index: np.ndarray
+    places: np.ndarray
     cells: np.ndarray
 
     def rate(self, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -164,7 +164,7 @@ def group_table(
     if task == "binary":
         counts = count_groups(y, decision, groups)
         out = [m for name in RATES for m in _rates(name, counts.names, *counts.rate(name), z)]
-        return out + _means("mean_prediction", counts.names, counts.index, prediction, z)
+        return out + _means("mean_prediction", counts.names, counts.places, prediction, z)
     names, index = index_groups(groups)
     if task == "multiclass":
         hits = np.bincount(index, np.asarray(y) == np.asarray(decision), len(names))

@@ -57,7 +57,7 @@ def settings_values(question: Question, survey: Survey, name: str) -> dict[str, 
         "ignore": question.ignore,
     }  # fmt: skip
     gates = {"gates": "\n".join(survey.gates), "watch": "\n".join(survey.watch)}
-    sections = {"pipeline": {"name": name}, "data": data, "columns": columns, "gates": gates}
+    sections: dict[str, dict[str, Any]] = {"pipeline": {"name": name}, "data": data, "columns": columns, "gates": gates}
     return {section: {key: value for key, value in given.items() if value} for section, given in sections.items()}
 
 # %% ../../nbs/library/first_settings.ipynb #f88044f8
@@ -75,9 +75,8 @@ def annotate_settings(text: str, suggest: Mapping[str, Iterable[str]]) -> str:
     lines, section = [], ""
     for line in text.splitlines():
         section = line if line.startswith("[") else section
-        key, names = line.removeprefix("# ").split(" =")[0], ()
-        if section == "[columns]" and key in suggest and "=" in line:
-            names = tuple(suggest[key])
+        key = line.removeprefix("# ").split(" =")[0]
+        names = tuple(suggest.get(key, ())) if section == "[columns]" and "=" in line else ()
         if names and line.startswith("#"):
             lines += [f"# {doubts[key]}; take the next line's # away to act on it", f"# {key} = {to_text(names)}"]
         elif names:

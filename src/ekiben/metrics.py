@@ -59,7 +59,9 @@ def _mean_ratio(means: np.ndarray) -> np.ndarray:
     return np.nanmean(means[..., :half] / means[..., half:], axis=-1)
 
 # %% ../../nbs/library/metrics.ipynb #8d97c2c4
-def _statistics(boot: Bootstrap, y: np.ndarray, prediction: np.ndarray, decision: np.ndarray, task: Task) -> list[_Statistic]:
+def _statistics(
+    boot: Bootstrap, y: np.ndarray, prediction: np.ndarray, decision: np.ndarray, task: Task
+) -> list[_Statistic]:
     """Register the terms of every figure that these rows define."""
     out: list[_Statistic] = []
 
@@ -111,14 +113,16 @@ def _statistics(boot: Bootstrap, y: np.ndarray, prediction: np.ndarray, decision
     return out
 
 # %% ../../nbs/library/metrics.ipynb #ac14910d
-def calibration_bins(probability: np.ndarray, bins: int = 10) -> np.ndarray:
+def calibration_bins(probability: np.ndarray, bins: int = 0) -> np.ndarray:
     """Return each row's bin, 0 to at most ``bins - 1``: bins of equally many rows, equal predictions together.
 
     Parameters
     ----------
     probability : (n,) float
     bins : int
+        0: one for every twenty rows, at least 2 and at most 10.
     """
+    bins = bins or min(10, max(2, len(probability) // 20))
     edges = np.unique(np.quantile(probability, np.linspace(0, 1, bins + 1)[1:-1]))
     return np.searchsorted(edges, probability, side="right")
 
@@ -168,7 +172,8 @@ def point_values(y: np.ndarray, prediction: np.ndarray, decision: np.ndarray, ta
         found["calibration_error"] = calibration_error(prediction.argmax(axis=1) == y, prediction.max(axis=1))
         return {name: float(value) for name, value in found.items()}
     (tn, fp), (fn, tp) = sk.confusion_matrix(y, decision, labels=[0, 1])
-    shares = {"precision": (tp, tp + fp), "recall": (tp, tp + fn), "true_positive_rate": (tp, tp + fn), "f1": (2 * tp, 2 * tp + fp + fn)}
+    shares = {"precision": (tp, tp + fp), "recall": (tp, tp + fn), "true_positive_rate": (tp, tp + fn)}
+    shares["f1"] = (2 * tp, 2 * tp + fp + fn)
     shares |= {"selection_rate": (tp + fp, len(y)), "false_positive_rate": (fp, fp + tn)}
     found |= {name: part / whole for name, (part, whole) in shares.items() if whole}
     if len(present) == 2:
@@ -209,6 +214,12 @@ def _class_interval(name: str, y: np.ndarray, decision: np.ndarray, task: Task, 
     rows = np.array([np.sum(of_class(c)) for c in classes])
     hits = np.array([np.sum((y == c) & (decision == c)) for c in classes])
     return _mean_of_shares(hits[rows > 0], rows[rows > 0], confidence, as_f1=name == "f1")
+
+# %% ../../nbs/library/metrics.ipynb #81d8982c
+def _calibration_low(value: float, replicates: np.ndarray, low: float, high: float) -> float:
+    """Lower end for a sum of distances, which chance makes larger: its bias is taken off on both of two ways."""
+    bias = float(np.mean(replicates)) - value
+    return max(0.0, min(2 * value - high - bias, value - 2 * bias - (high - low) / 2))
 
 # %% ../../nbs/library/metrics.ipynb #b1d374c5
 def quality(
@@ -258,6 +269,9 @@ def quality(
             low, high = share_limits(hits, rows, confidence)
         elif name in ("balanced_accuracy", "precision", "recall", "f1"):
             low, high = _class_interval(name, y, decision, task, confidence)
+            if task == "multiclass":  # its classes share their errors: the wider of two ways
+                ends = percentiles(statistics[name].of(replicates), confidence)
+                low, high = min(low, ends[0]), max(high, ends[1])
         elif name == "auc":
             present, counts = np.unique(y, return_counts=True)
             scores = [(y == 1, prediction)] if task == "binary" else [(y == c, prediction[:, c]) for c in present]
@@ -266,7 +280,7 @@ def quality(
         else:
             low, high = percentiles(statistics[name].of(replicates), confidence)
             if name == "calibration_error":
-                low, high, note = max(0.0, 2 * value - high), max(value, 2 * value - low), "10 bins of equally many rows"
+                low, note = _calibration_low(value, statistics[name].of(replicates), low, high), "bins of equally many rows"
         if task == "multiclass" and name in ("auc", "f1", "balanced_accuracy", "precision", "recall"):
             missing = [classes[c] for c in range(len(classes)) if c not in y]
             note = "mean over the classes" + (f"; no rows of {', '.join(missing)}" if missing else "")

@@ -340,9 +340,10 @@ class Registry:
         IntegrityError
             When it is not what was sealed.
         """
-        import mlflow.artifacts
-
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         with tempfile.TemporaryDirectory() as scratch, self._asking(f"fetch {version.uri}"), self._current():
+            import mlflow.artifacts
+
             place = Path(mlflow.artifacts.download_artifacts(version.uri, dst_path=scratch, tracking_uri=self.uri))
             found = next((p for p in sorted(place.rglob("bundle.json"))), None)
             if found is None:

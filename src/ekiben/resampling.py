@@ -139,10 +139,8 @@ def auc_influence(y: np.ndarray, score: np.ndarray) -> tuple[float, np.ndarray]:
     return auc, (beaten - auc) / share
 
 # %% ../../nbs/library/resampling.ipynb #10706e01
-def auc_interval(
-    auc: float, influence: np.ndarray, smallest: int, confidence: float = 0.95
-) -> tuple[float, float]:
-    """Return DeLong's interval of an AUC, in score form: it does not collapse on a small, perfectly separated sample.
+def auc_interval(auc: float, influence: np.ndarray, smallest: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the interval of an AUC, in score form: the variance of each end belongs to that end.
 
     Parameters
     ----------
@@ -150,11 +148,24 @@ def auc_interval(
     influence : (n,) float
         As from ``auc_influence``.
     smallest : int
-        Rows of the smallest class. An AUC's variance is at most ``auc (1 - auc) / smallest`` (Birnbaum and Klose,
-        1957), so the interval takes the AUC for a share of at least so many rows.
+        Rows of the smallest class.
     confidence : float in (0, 1)
     """
-    variance = float(np.sum(influence**2)) / len(influence) ** 2
-    rows = auc * (1 - auc) / variance if variance > 0 else smallest
-    rows = max(min(rows, len(influence)), smallest)
-    return share_limits(auc * rows, rows, confidence)
+    rows = len(influence)
+    variance = float(np.sum(influence**2)) / rows**2
+    if variance > 0:
+        worth = min(max(auc * (1 - auc) / variance, smallest), rows)
+        return share_limits(auc * worth, worth, confidence)
+    if auc == 0.5:
+        return 0.5, 0.5
+    low = _separated_low(smallest, rows - smallest, z_value(confidence))
+    return (low, 1.0) if auc > 0.5 else (0.0, 1 - low)
+
+
+def _separated_low(few: int, many: int, z: float) -> float:
+    """Lower end of an AUC of 1, by Hanley and McNeil's variance."""
+    places = np.linspace(0.5, 1, 2001)
+    one, two = places / (2 - places), 2 * places**2 / (1 + places)
+    variance = places * (1 - places) + (few - 1) * (one - places**2) + (many - 1) * (two - places**2)
+    inside = (1 - places) ** 2 <= z**2 * variance / (few * many)
+    return float(places[np.argmax(inside)])

@@ -35,9 +35,10 @@ from ekiben.template import (
     whole_folder,
     write_notebook,
 )
+from .values import split_list
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Group, RenderableType
 
 # %% auto #0
 __all__ = ['write_schema', 'NewProject', 'describe_survey', 'new_project']
@@ -114,7 +115,8 @@ class NewProject:
         for text in self.warnings:
             notes.add_row(Text("  !", "yellow"), Text(text))
         head = Text.assemble((self.folder.name, "bold"), f": a project in {self.folder}")
-        return Group(head, facts, *([Text(), notes] if self.warnings else []), Text(f"\n{_WHERE}"), Text(f"next: {self.next_command}", "bold"))
+        parts: list[RenderableType] = [head, facts, *([Text(), notes] if self.warnings else ())]
+        return Group(*parts, Text(f"\n{_WHERE}"), Text(f"next: {self.next_command}", "bold"))
 
 
 _WHERE = "All of this stands in settings.ini ([columns], [data], [gates]) and nbs/pipeline/00_schema.ipynb, yours to change."
@@ -166,7 +168,7 @@ def new_project(
     data, test, query, task, split, encoding
         As in ``[data]`` of settings.ini (`data` is its ``source``); paths start from the current folder.
     target, positive, sensitive, time, group, id, ignore, private
-        As in ``[columns]``.
+        As in ``[columns]``; several columns as a list, or as one text with commas (a name with a comma in quotes).
     force : bool
         Whether `folder` may hold files; they stay as they are.
 
@@ -181,9 +183,9 @@ def new_project(
     package = package_name(folder)
     check_free(folder, force=force)
     question = Question(
-        data=data, target=target, test=test, query=query, positive=positive, time=time, group=group, id=tuple(id),
-        sensitive=tuple(sensitive), private=tuple(private), ignore=tuple(ignore), task=task, split=split, encoding=encoding,
-        here=here,
+        data=data, target=target, test=test, query=query, positive=positive, time=time, group=group, id=_several(id),
+        sensitive=_several(sensitive), private=_several(private), ignore=_several(ignore), task=task, split=split,
+        encoding=encoding, here=here,
     )  # fmt: skip
     try:
         survey = survey_table(question)
@@ -197,10 +199,14 @@ def new_project(
         _build(building, question, made)
     return with_changes(made, kept=tuple(kept))
 
-# %% ../../nbs/library/scaffold.ipynb #c915b130
+# %% ../../nbs/library/scaffold.ipynb #503551eb
+def _several(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(split_list(names)) if isinstance(names, str) else tuple(names)
+
+
 def _as_options(message: str) -> str:
     """Turn what settings.ini should say into the option that says it: there is no settings.ini yet."""
-    message = re.sub(r"(?:set )?`(\w+) = ([^`]*)` under \[\w+\](?: in settings\.ini)?", r"--\1 \2", message)
+    message = re.sub(r"`(\w+) = ([^`]*)` under \[\w+\](?: in settings\.ini)?", r"--\1 \2", message.replace("; set `", "; give `"))
     return re.sub(r"\[(?:data|columns)\] (\w+)(?: =)?", r"--\1", message).replace(" in settings.ini", "")
 
 
@@ -211,7 +217,7 @@ def _build(folder: Path, question: Question, made: NewProject) -> None:
     copy_notebooks(root, folder, package)
     write_schema(pipeline / "00_schema.ipynb", survey.schema.fields)
     copy_bentos(root, folder, package)
-    copy_project_files(root, folder, package, _gaps(made))
+    copy_project_files(folder, package, _gaps(made))
     for place, says in ((f"src/{package}", made.folder.name), (f"src/{package}/pipeline", "What the notebooks export")):
         (folder / place).mkdir(parents=True, exist_ok=True)
         (folder / place / "__init__.py").write_text(f'"""{says}."""\n', encoding="utf-8")

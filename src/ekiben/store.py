@@ -80,7 +80,7 @@ def _record_type(name: str) -> type[Record]:
 
 
 def _tag(value: Record) -> dict[str, Any]:
-    return {"type": f"{type(value).__module__}:{type(value).__qualname__}", "value": value.to_dict()}
+    return {"type": f"{type(value).__module__}:{type(value).__qualname__}", "value": json.loads(value.to_json())}
 
 
 def _untag(entry: dict[str, Any]) -> Record:

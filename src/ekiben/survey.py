@@ -107,7 +107,7 @@ def survey_table(question: Question) -> Survey:
     return Survey(
         schema=schema, rows=known.n, test_rows=_check_test(test, question.test, fields, schema), method=method,
         split_note=split_note, time=question.time, ids=question.id, gates=gates, watch=watch, shares=_shares(schema, y),
-        warnings=tuple(found), suggest=_suggestions(found), is_partial=table.num_rows >= LOOK_ROWS,
+        warnings=tuple(found), suggest=_suggestions(found, schema), is_partial=table.num_rows >= LOOK_ROWS,
     )  # fmt: skip
 
 # %% ../../nbs/library/survey.ipynb #439d1ffe
@@ -284,10 +284,13 @@ def _suspects(known: Columns, schema: Schema, y: np.ndarray) -> list[Any]:
     return [*check_leaks(known, schema, y), *check_columns(known, schema)]
 
 
-def _suggestions(notes: Iterable[DataWarning]) -> dict[str, tuple[str, ...]]:
-    roles = {"leak": "ignore", "personal": "private"}
-    found: dict[str, dict[str, None]] = {}
+def _suggestions(notes: Iterable[DataWarning], schema: Schema) -> dict[str, tuple[str, ...]]:
+    """Return role → columns, of those that have no role yet; each column once, so that all may be acted on."""
+    roles, features = {"leak": "ignore", "personal": "private"}, set(schema.having("feature"))
+    found: dict[str, tuple[str, ...]] = {}
     for note in notes:
-        if note.kind in roles:
-            found.setdefault(roles[note.kind], {}).update(dict.fromkeys(note.columns))
-    return {role: tuple(names) for role, names in found.items()}
+        for name in note.columns if note.kind in roles else ():
+            if name in features:
+                features.remove(name)
+                found[roles[note.kind]] = (*found.get(roles[note.kind], ()), name)
+    return found

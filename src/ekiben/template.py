@@ -23,12 +23,15 @@ from pathlib import Path
 from .errors import EkibenError, UsageError
 
 # %% auto #0
-__all__ = ['template_root', 'package_name', 'rename_package', 'write_notebook', 'copy_notebooks', 'copy_bentos', 'fill_gaps',
-           'copy_project_files', 'whole_folder', 'check_free']
+__all__ = ['PROJECT_FILES', 'template_root', 'package_name', 'rename_package', 'write_notebook', 'copy_notebooks', 'copy_bentos',
+           'fill_gaps', 'copy_project_files', 'whole_folder', 'check_free']
+
+# %% ../../nbs/library/template.ipynb #8754cb3d
+PROJECT_FILES = Path(str(files("ekiben"))).resolve() / "project_files"
 
 # %% ../../nbs/library/template.ipynb #40b1503e
 def template_root() -> Path:
-    """Return the folder that holds ``nbs/pipeline``, ``bentos`` and ``templates/project``.
+    """Return the folder that holds ``nbs/pipeline`` and ``bentos``.
 
     Raises
     ------
@@ -37,7 +40,7 @@ def template_root() -> Path:
     """
     package = Path(str(files("ekiben"))).resolve()
     for root in (package / "_template", package.parents[1]):
-        if (root / "templates" / "project").is_dir() and (root / "nbs" / "pipeline").is_dir():
+        if (root / "bentos").is_dir() and (root / "nbs" / "pipeline").is_dir():
             return root
     raise EkibenError("this installation of ekiben has no project template: install the wheel again, or use a checkout")
 
@@ -141,11 +144,10 @@ def fill_gaps(text: str, values: Mapping[str, str]) -> str:
     return re.sub(r"<<(\w+)>>", lambda gap: values[gap.group(1)], text)
 
 # %% ../../nbs/library/template.ipynb #f9faae8b
-def copy_project_files(root: Path, folder: Path, package: str, values: Mapping[str, str]) -> None:
-    """Copy ``templates/project`` with its gaps filled; a leading ``dot-`` becomes a dot, a last ``.in`` goes away."""
-    source = root / "templates" / "project"
-    for path in sorted(p for p in source.rglob("*") if p.is_file() and p.suffix != ".pyc"):
-        parts = [re.sub(r"^dot-", ".", part.removesuffix(".in")) for part in path.relative_to(source).parts]
+def copy_project_files(folder: Path, package: str, values: Mapping[str, str]) -> None:
+    """Copy `PROJECT_FILES` with its gaps filled; a leading ``dot-`` becomes a dot, a last ``.in`` goes away."""
+    for path in sorted(p for p in PROJECT_FILES.rglob("*") if p.is_file() and p.suffix != ".pyc"):
+        parts = [re.sub(r"^dot-", ".", part.removesuffix(".in")) for part in path.relative_to(PROJECT_FILES).parts]
         target = folder.joinpath(*parts)
         target.parent.mkdir(parents=True, exist_ok=True)
         text = fill_gaps(path.read_text(encoding="utf-8"), values)

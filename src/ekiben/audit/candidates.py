@@ -17,7 +17,7 @@ from ..gates import METRICS, Gate, judge
 from ..records import Judgement, Measure, Policy, Task
 
 # %% auto #0
-__all__ = ['GRADES', 'Evidence', 'foresee', 'grade', 'room', 'headroom', 'Candidate', 'assess', 'choose']
+__all__ = ['GRADES', 'Evidence', 'foresee', 'aim_value', 'grade', 'room', 'headroom', 'Candidate', 'assess', 'choose']
 
 # %% ../../../nbs/library/audit/candidates.ipynb #4ee70730
 @dataclass(frozen=True)
@@ -86,8 +86,27 @@ def foresee(measure: Measure, held_out_rows: int) -> Measure:
     high = None if measure.high is None else measure.value + factor * (measure.high - measure.value)
     return Measure(name=measure.name, slice=measure.slice, value=measure.value, low=low, high=high, rows=held_out_rows, note=measure.note)
 
+# %% ../../../nbs/library/audit/candidates.ipynb #5628f2c6
+def aim_value(gate: Gate, measure: Measure, held_out_rows: int) -> float:
+    """Return the value at which a gate can be expected to pass on held-out rows, as far as one can aim.
+
+    Parameters
+    ----------
+    gate : Gate
+    measure : Measure
+        On validation rows; its interval says how much margin is needed.
+    held_out_rows : int
+    """
+    ahead = foresee(measure, held_out_rows)
+    most = 0.6 * headroom(gate)
+    if gate.op == "<=":
+        return gate.limit - (min(ahead.high - ahead.value, most) if ahead.high is not None else most)
+    if ahead.low is None or ahead.low <= 0 or ahead.value <= 0:
+        return gate.limit + most
+    return min(gate.limit * ahead.value / ahead.low, gate.limit + most)
+
 # %% ../../../nbs/library/audit/candidates.ipynb #3b058731
-GRADES = ("expected to pass", "clearly on the right side, too few rows to prove it", "on the right side, barely", "not proved wrong", "wrong")
+GRADES = ("expected to pass", "on the right side, perhaps too few rows to prove it", "barely on the right side", "not proved wrong", "wrong")
 
 
 def grade(gate: Gate, measures: Sequence[Measure], held_out_rows: int) -> int:
@@ -107,7 +126,7 @@ def grade(gate: Gate, measures: Sequence[Measure], held_out_rows: int) -> int:
         return 0
     if here.verdict == "fail":
         return 4
-    if room(gate, here.value) >= 0.25 * headroom(gate):
+    if here.verdict == "pass" or room(gate, here.value) >= 0.25 * headroom(gate):
         return 1
     return 2 if room(gate, here.value) >= 0 else 3
 
@@ -143,7 +162,7 @@ class Candidate:
     grades : tuple of int
         One for each fairness limit aimed at.
     shortfall : float
-        How far the limits are missed, together.
+        How far the values fall short of what is aimed at, each as a share of its limit's distance to equality, together.
     labels, weights : (n,) arrays or None
         What its model is trained on; None: the tuned model itself.
     """
@@ -215,12 +234,21 @@ def assess(
         y, decision, groups, evidence.task,
         prediction=p, classes=evidence.classes, confidence=evidence.confidence, seed=evidence.seed,
     )  # fmt: skip
-    misses = [max(0.0, -room(g, found.value)) for g in gates if (found := judge(g, gaps)).value is not None]
     return Candidate(
         name=name, policy=policy, prediction=given, quality=_quality(evidence, y, p, decision), auc=_auc(evidence, y, p),
-        gaps=tuple(gaps), grades=tuple(grade(g, gaps, evidence.held_out_rows) for g in gates), shortfall=float(sum(misses)),
+        gaps=tuple(gaps), grades=tuple(grade(g, gaps, evidence.held_out_rows) for g in gates), shortfall=sum(_shortfall(g, gaps, evidence.held_out_rows) for g in gates),
         labels=labels, weights=weights,
     )  # fmt: skip
+
+
+def _shortfall(gate: Gate, gaps: Sequence[Measure], held_out_rows: int) -> float:
+    """Return how far a gate's value falls short of its aim; nothing when it is expected to pass."""
+    found = [m for m in gaps if judge(gate, [m]).value is not None]
+    if not found or grade(gate, found, held_out_rows) == 0:
+        return 0.0
+    aim = aim_value(gate, found[-1], held_out_rows)
+    missing = aim - found[-1].value if gate.op == ">=" else found[-1].value - aim
+    return max(0.0, missing) / (headroom(gate) or 1.0)
 
 
 def _quality(evidence: Evidence, y: np.ndarray, prediction: np.ndarray, decision: np.ndarray) -> float:
@@ -249,4 +277,4 @@ def choose(candidates: Sequence[Candidate], *, attribute_allowed: bool = False) 
         Whether a policy that needs the sensitive attribute at prediction may be chosen.
     """
     free = [c for c in candidates if attribute_allowed or not c.needs_attribute]
-    return min(free, key=lambda c: (max(c.grades, default=0), sum(c.grades), 0 if c.meets else c.shortfall, -c.quality))
+    return min(free, key=lambda c: (c.grades.count(4), round(c.shortfall, 3), -c.quality))

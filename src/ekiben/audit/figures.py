@@ -16,7 +16,6 @@ from ..gates import Gate, feature_set
 from ..records import Measure
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # %% auto #0
@@ -65,7 +64,7 @@ def rates_by_group(table: Sequence[Measure], *, share: float = 0.8, most: int = 
     return figure
 
 # %% ../../../nbs/library/audit/figures.ipynb #57b1b0dc
-def trade_off(candidates: Sequence[Candidate], chosen: Candidate, gate: Gate, quality_name: str, *, ax: Axes | None = None) -> Figure:
+def trade_off(candidates: Sequence[Candidate], chosen: Candidate, gate: Gate, quality_name: str) -> Figure:
     """Draw quality against one disparity for every candidate.
 
     Parameters
@@ -76,9 +75,8 @@ def trade_off(candidates: Sequence[Candidate], chosen: Candidate, gate: Gate, qu
         The limit whose disparity is the horizontal axis.
     quality_name : str
         Of the vertical axis.
-    ax : matplotlib Axes, optional
     """
-    figure, axes = (ax.get_figure(), ax) if ax is not None else new_picture(7.0, 3.8)
+    figure, axes = new_picture(7.0, 3.8)
     points = {c.name: m for c in candidates for m in c.gaps if (m.name, feature_set(m.slice)) == (gate.metric, feature_set(gate.slice))}
     shown = [c for c in candidates if c.name in points and not np.isnan(points[c.name].value)]
     way = [c for c in shown if c.policy.mitigation in ("none", "reduction")]
@@ -86,14 +84,15 @@ def trade_off(candidates: Sequence[Candidate], chosen: Candidate, gate: Gate, qu
     for candidate in shown:
         point, is_chosen = points[candidate.name], candidate.name == chosen.name
         color = ACCENT if is_chosen else MUTED
-        axes.plot([point.low, point.high], [candidate.quality] * 2, color=color, linewidth=1.8, alpha=0.9 if is_chosen else 0.3)
+        ends = [np.nan if end is None else end for end in (point.low, point.high)]
+        axes.plot(ends, [candidate.quality] * 2, color=color, linewidth=1.8, alpha=0.9 if is_chosen else 0.3)
         fill = "white" if candidate.needs_attribute else color
         axes.plot(point.value, candidate.quality, "o", color=color, markerfacecolor=fill, markersize=8 if is_chosen else 5.5, zorder=3)
         if is_chosen or candidate.policy.mitigation != "reduction":
             text = f"{candidate.name}: chosen" if is_chosen else candidate.name
             axes.annotate(
-                text, (point.value, candidate.quality), xytext=(0, 7), textcoords="offset points", ha="center",
-                fontsize=8.5, color=INK if is_chosen else MUTED, fontweight="bold" if is_chosen else "normal",
+                text, (point.value, candidate.quality), xytext=(0, -9 if is_chosen else 7), textcoords="offset points",
+                ha="center", va="top" if is_chosen else "bottom", fontsize=8.5, color=INK if is_chosen else MUTED, fontweight="bold" if is_chosen else "normal",
             )  # fmt: skip
     right = gate.op == ">="
     axes.axvline(gate.limit, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))

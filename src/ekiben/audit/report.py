@@ -100,12 +100,14 @@ def say_choice(chosen: Candidate, candidates: Sequence[Candidate], gates: Sequen
     if not evidence.groups:
         return f"No column is declared sensitive, so there is nothing to compare between groups. The policy: {name}, {chosen.policy.chosen_by}."
     if not gates:
-        return f"No fairness limit blocks a release (those under `watch` are only shown). The policy: {name}, {chosen.policy.chosen_by}."
+        return f"No fairness limit stands under `gates`. The policy: {name}, {chosen.policy.chosen_by}."
     before = candidates[0]
     words = [f"The policy: {name}, {chosen.policy.chosen_by}."]
     words += [f"`{g.name}`: {GRADES[place]}." for g, place in zip(gates, chosen.grades, strict=True)]
-    if not chosen.meets:
-        words.append("No candidate meets every limit; this is the best trade-off that was found." if chosen is not before or len(candidates) > 2 else "Nothing was done about it: `mitigate = none`.")
+    if not chosen.meets and any(c.policy.mitigation in ("reweighing", "reduction") for c in candidates):
+        words.append("No candidate meets every limit; this is the best trade-off that was found.")
+    elif not chosen.meets and chosen is before:
+        words.append("Nothing was done about it: `mitigate` says what may be tried.")
     if chosen is not before:
         words.append(f"The price: {evidence.quality_name} {abs(before.quality):.4f} → {abs(chosen.quality):.4f}, AUC {before.auc:.4f} → {chosen.auc:.4f} on validation rows.")
     if chosen.policy.mitigation == "reduction":

@@ -143,7 +143,7 @@ def _comparable_times(
 def _refuse_duplicates(db: Any, keys: list[str], other: pa.Table, source: JoinSource) -> None:
     known = " AND ".join(f"{key} IS NOT NULL" for key in keys)
     twice = f"SELECT min(r) FROM o WHERE {known} GROUP BY {', '.join(keys)} HAVING count(*) > 1 ORDER BY 1 LIMIT 1"
-    found = db.sql(twice).fetchone()
+    found = db.execute(twice).fetchone()
     if found is not None:
         columns = (*source.on, source.asof) if source.asof else source.on
         value = ", ".join(f"{name} = {other.column(name)[found[0]].as_py()}" for name in columns)

@@ -28,7 +28,7 @@ class DataWarning(Record, frozen=True):
     ----------
     kind : str
         ``leak``, ``duplicates``, ``constant``, ``identifier``, ``personal``, ``missing``, ``extra``, ``positive``,
-        ``task``, ``identifier`` or ``join``.
+        ``task`` or ``join``.
     columns : tuple of str
         The columns it is about.
     message : str

@@ -64,7 +64,9 @@ class Answers:
 Answer = Callable[[Columns], tuple[np.ndarray, np.ndarray]]
 
 # %% ../../../nbs/library/evaluate/answers.ipynb #63611ad8
-def answer_with(schema: Schema, features: Callable[[Columns], Columns], preprocessor: Any, model: Any, policy: Policy) -> Answer:
+def answer_with(
+    schema: Schema, features: Callable[[Columns], Columns], preprocessor: Any, model: Any, policy: Policy
+) -> Answer:
     """Return the function that answers rows as the service will.
 
     Parameters

@@ -18,7 +18,7 @@ from .quality import Comparison
 from .robustness import Stress
 from .slices import SliceSearch
 from .tables import label_of, slice_words, span, verdict_words
-from ..figures import short
+from ..figures import alike, short
 from ..records import Judgement, Measure, Policy, Schema
 
 # %% auto #0
@@ -45,7 +45,7 @@ class CardFacts:
     intended_use, contact : str
         In a person's words.
     data : mapping
-        As ``prepare`` recorded it: ``source``, ``fingerprint``, ``split``, row counts, ``warnings`` …
+        As ``prepare`` recorded it: ``source``, ``fingerprint``, ``rows``, ``split``, ``target_train``, ``warnings``.
     train_rows, test_rows : int or None
     training : mapping
         ``estimator``, ``runtime``, ``metric``, ``value``, ``trials``, ``params``, ``seed`` …
@@ -139,12 +139,17 @@ def _about(facts: CardFacts) -> dict[str, Any]:
 
 
 def _about_data(facts: CardFacts) -> dict[str, Any]:
-    known = {k: v for k, v in facts.data.items() if k != "warnings" and not isinstance(v, (dict, list, tuple))}
-    shown = {"source": facts.data.get("source"), "fingerprint": facts.data.get("fingerprint"), "split": facts.data.get("split")}
-    shown = {k: _say(v) for k, v in shown.items()} | {"training rows": facts.train_rows, "held-out rows": facts.test_rows}
-    shown |= {k.replace("_", " "): v for k, v in known.items() if k not in ("source", "fingerprint", "split", "rows")}
+    split = facts.data.get("split")
+    if isinstance(split, Mapping):
+        split = " ".join(str(split[k]) for k in ("method", "note") if split.get(k))
+    shown = {
+        "source": facts.data.get("source"), "fingerprint": facts.data.get("fingerprint"), "rows read": facts.data.get("rows"),
+        "split": split, "training rows": facts.train_rows, "held-out rows": facts.test_rows,
+        f"`{facts.schema.target}` in training": facts.data.get("target_train"),
+    }  # fmt: skip
     rows = [[f.name, f.kind, f.role, "yes" if f in facts.schema.inputs else "no"] for f in facts.schema.fields]
-    notes = [f"Warning from the data: {_say(w)}" for w in facts.data.get("warnings") or ()]
+    warned = [w["message"] if isinstance(w, Mapping) else w for w in facts.data.get("warnings") or ()]
+    notes = [f"Warning from the data: {_say(w)}" for w in warned]
     return _section("Data", shown, [_table(["column", "kind", "role", "input"], rows)], notes)
 
 
@@ -189,7 +194,7 @@ def _about_fairness(facts: CardFacts) -> dict[str, Any]:
     sensitive = facts.schema.having("sensitive")
     if not sensitive:
         return _section("Fairness", notes=["No column is declared sensitive, so fairness was not measured."])
-    shown = {"sensitive columns": sensitive}
+    shown: dict[str, Any] = {"sensitive columns": sensitive}
     shown["model inputs among them"] = tuple(f.name for f in facts.schema.inputs if f.role == "sensitive") or "none"
     return _section("Fairness on held-out rows", shown, [_measures(facts.fairness)] if facts.fairness else [])
 
@@ -204,7 +209,9 @@ def _about_weakness(facts: CardFacts) -> list[dict[str, Any]]:
         table = _table(["part", "rows", "loss", "interval", "elsewhere", "verdict"], rows)
         out.append(_section("Where it is worst", tables=[table] if rows else [], notes=[note]))
     if facts.stresses:
-        rows = [[s.name, short(s.after), f"{s.harm:.3g}", f"{s.low:.2g} to {s.high:.2g}", f"{s.changed:.1%}"] for s in facts.stresses]
+        ends = alike([end for s in facts.stresses for end in (s.harm, s.low, s.high)])
+        rows = [[s.name, short(s.after), ends[3 * k], f"{ends[3 * k + 1]} to {ends[3 * k + 2]}", f"{s.changed:.1%}"]
+                for k, s in enumerate(facts.stresses)]  # fmt: skip
         metric = label_of(facts.stresses[0].metric)
         table = _table(["stress", f"{metric} after", "worse by", "interval", "answers changed"], rows)
         note = f"{metric} before: {short(facts.stresses[0].before)}, on {facts.stresses[0].rows:,} held-out rows."

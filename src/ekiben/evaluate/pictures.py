@@ -58,7 +58,7 @@ def _draw_values(answers: Answers) -> Figure:
     return figure
 
 
-def _draw_confusion(answers: Answers, ax: object) -> None:
+def _draw_confusion(answers: Answers, ax: Any) -> None:
     size = len(answers.classes) or int(max(answers.y.max(), answers.decision.max())) + 1
     counts = np.bincount(answers.y * size + answers.decision, minlength=size * size).reshape(size, size)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -230,7 +230,8 @@ def draw_examples(examples: Sequence[Example], *, most: int = 7) -> Figure:
         shown = [(f"{n} = {_cut(v)}", c) for n, v, c in example.parts[:most]]
         if len(example.parts) > most:
             shown.append((f"{len(example.parts) - most} more", sum(c for _, _, c in example.parts[most:])))
-        figures.bars([n for n, _ in shown], [c for _, c in shown], texts=[f"{c:+.2g}" for _, c in shown],
+        signed = [("+" if c >= 0 else "-") + figures.short(abs(c), 2) for _, c in shown]
+        figures.bars([n for n, _ in shown], [c for _, c in shown], texts=signed,
                      colors=[figures.ACCENT if c >= 0 else figures.GROUPS[1] for _, c in shown], ax=ax)  # fmt: skip
         ax.set_title(f"{example.why.capitalize()}: {example.in_words}", fontsize=9)
         ax.set_xlim(-1.2 * reach, 1.2 * reach)

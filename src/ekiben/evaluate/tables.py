@@ -109,12 +109,13 @@ def slice_table(slices: Iterable[Slice]) -> pd.DataFrame:
 def stress_table(stresses: Iterable[Stress]) -> pd.DataFrame:
     """Lay stresses out as a table."""
     found = list(stresses)
+    ends = alike([end for s in found for end in (s.harm, s.low, s.high)])
     return pd.DataFrame(
         {
             "stress": [s.name for s in found],
             f"{label_of(found[0].metric)} after": [short(s.after) for s in found],
-            "worse by": alike([s.harm for s in found]),
-            "interval": [f"{s.low:.2g} to {s.high:.2g}" for s in found],
+            "worse by": ends[::3],
+            "interval": [f"{low} to {high}" for low, high in zip(ends[1::3], ends[2::3], strict=True)],
             "answers changed": [f"{s.changed:.1%}" for s in found],
         }
     ).set_index("stress")

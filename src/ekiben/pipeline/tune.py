@@ -14,10 +14,10 @@ def search_space(trial: Any, estimator: str) -> dict[str, Any]:
     if estimator == "lightgbm":
         return {
             "learning_rate": 0.1,
-            "num_leaves": trial.suggest_int("num_leaves", 8, 64, log=True),
-            "min_data_in_leaf": trial.suggest_int("min_data_in_leaf", 2, 60, log=True),
+            "num_leaves": trial.suggest_int("num_leaves", 4, 64, log=True),
+            "min_data_in_leaf": trial.suggest_int("min_data_in_leaf", 2, 200, log=True),
             "feature_fraction": trial.suggest_float("feature_fraction", 0.3, 1.0),
-            "lambda_l2": trial.suggest_float("lambda_l2", 0.0, 5.0),
+            "lambda_l2": trial.suggest_float("lambda_l2", 0.01, 20.0, log=True),
             "cat_smooth": trial.suggest_float("cat_smooth", 1.0, 50.0, log=True),
         }
     if estimator == "linear":

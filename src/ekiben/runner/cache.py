@@ -95,7 +95,7 @@ def versions() -> dict[str, str]:
 
 # %% ../../../nbs/library/runner/cache.ipynb #8c19bd6c
 def key_of(notebook: Path, parameters: Mapping[str, Any], root: Path, library_versions: Mapping[str, str], **more: Any) -> dict[str, str]:
-    """Return what a step is made of, each part with its hash: ``cell 3``, ``module census.pipeline.prepare``, …
+    """Return what a step is made of, each part with its hash: ``cell 3``, ``module census.pipeline.prepare`` and so on.
 
     Parameters
     ----------

@@ -40,6 +40,8 @@ class Screen:
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
         self.console = console or Console(stderr=True)
+        if not self.console.is_terminal and console is None:
+            self.console.width = 112  # a log has no edge that a table must keep to
         self.quiet = quiet
         self.lines: list[StepRun] = []
         self.waiting: list[str] = []
@@ -69,7 +71,7 @@ class Screen:
         self.progress_file = progress_file
         if not self.quiet and not self._live:
             about = f", about {self.expected[step]:.0f} s" if step in self.expected else ""
-            self.console.print(f"  {step}: running ({why}{about})", highlight=False)
+            self.console.print(Text(f"  {step}: running ({why}{about})"))
 
     def cell(self, event: str, number: int, total: int) -> None:
         """Hear of a cell that starts or ends."""
@@ -96,7 +98,7 @@ class Screen:
         if not self.quiet:
             self.console.print(closing_table(run))
         if problem:
-            self.console.print(f"[yellow]{problem}[/]", highlight=False)
+            self.console.print(Text(problem, style="yellow"))
 
     def __rich__(self) -> Group:
         rows: list[Any] = [_line(entry) for entry in self.lines]
@@ -154,7 +156,7 @@ def closing_table(run: Run) -> Group:
     if run.gates:
         table = Table(box=None, padding=(0, 2), header_style="dim")
         for heading in ("gate", "measured", "interval", "verdict"):
-            table.add_column(heading)
+            table.add_column(heading, no_wrap=heading != "verdict")
         for g in run.gates:
             value = "not measured" if g.value is None else f"{g.value:.4f}"
             table.add_row(g.name.replace("[", r"\["), value, _interval(g), _verdict(g))

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ..records import Measure
+from ..registry import resolve_uri
 
 # %% auto #0
-__all__ = ['Tracker', 'resolve_uri']
+__all__ = ['Tracker']
 
 # %% ../../../nbs/library/runner/tracking.ipynb #da04b452
 class Tracker:
@@ -171,11 +172,3 @@ def _metrics(values: dict[str, Any]) -> list[Any]:
     now = int(time.time() * 1000)
     clean = {k.replace("(", "").replace(")", ""): float(v) for k, v in values.items()}
     return [Metric(k, v, now, 0) for k, v in clean.items() if math.isfinite(v)]
-
-# %% ../../../nbs/library/runner/tracking.ipynb #d40be6e6
-def resolve_uri(root: Path, uri: str) -> str:
-    """Return the tracking URI with a relative SQLite path made absolute below the project."""
-    prefix = "sqlite:///"
-    if uri.startswith(prefix) and not uri.startswith(prefix + "/"):
-        return f"{prefix}{root / uri.removeprefix(prefix)}"
-    return uri

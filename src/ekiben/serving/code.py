@@ -167,7 +167,7 @@ def _portable(source: str, module: str, package: str, root: Path) -> tuple[str, 
             needs |= inner | ({base} if base and (inner != names or _file_of(base, root)) else set())
             if not base and inner != names:
                 raise UsageError(
-                    f"line {node.lineno} of `{package}.{module}` takes {sorted(names - inner)} from `{package}` itself; "
+                    f"line {getattr(node, 'lineno', '?')} of `{package}.{module}` takes {sorted(names - inner)} from `{package}` itself; "
                     "import it from the module that defines it",
                     module=module,
                 )
@@ -188,8 +188,8 @@ def _check_framework(node: ast.Import | ast.ImportFrom, module: str) -> None:
         _refuse_framework([a.name[7:] for a in node.names if a.name.startswith("ekiben.")], module)
     elif not node.level and node.module == "ekiben":
         _refuse_framework([a.name for a in node.names], module)
-    elif not node.level and (node.module or "").startswith("ekiben.") and not node.module.startswith("ekiben.pipeline"):
-        _refuse_framework([(node.module or "")[7:]], module)
+    elif not node.level and node.module and re.match(r"ekiben\.(?!pipeline\b)", node.module):
+        _refuse_framework([node.module[7:]], module)
 
 # %% ../../../nbs/library/serving/code.ipynb #32fe682c
 def _refuse_framework(names: Iterable[str], module: str) -> None:

@@ -132,14 +132,15 @@ def _problem() -> dict[str, Any]:
 def _output(scorer: Scorer) -> dict[str, Any]:
     classes = {"type": "string", "enum": list(scorer.info.classes)}
     share = {"type": "number", "minimum": 0, "maximum": 1}
-    return {
+    shapes: dict[str, dict[str, Any]] = {
         "binary": {
             "label": classes,
             "probability": {**share, "description": f"of `{scorer.info.positive}`, whichever was decided"},
         },
         "multiclass": {"label": classes, "probabilities": {"type": "object", "additionalProperties": share}},
         "regression": {"value": {"type": "number"}},
-    }[scorer.info.task]
+    }
+    return shapes[scorer.info.task]
 
 
 def _listed(key: str, item: dict[str, Any], example: Any) -> dict[str, Any]:

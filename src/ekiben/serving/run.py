@@ -151,8 +151,8 @@ def example_request(bundle: Bundle, url: str) -> str:
 # %% ../../../nbs/library/serving/run.ipynb #e04add8e
 def serve(
     root: Path,
-    host: str = "127.0.0.1",
-    port: int = 3000,
+    host: str = "",
+    port: int = 0,
     *,
     say: Callable[[str], None] = print,
     patience_s: float = 60.0,
@@ -164,7 +164,7 @@ def serve(
     root : Path
         The project's folder.
     host, port
-        From ``[serve]``; port 0 takes any that is free.
+        Empty or 0: as ``[serve]`` in settings.ini says (where port 0 means any that is free).
     say : callable
         Gets each line for the person at the terminal.
     patience_s : float
@@ -180,9 +180,12 @@ def serve(
     UsageError, ServiceError, IntegrityError
         When it cannot start; see `find_served`, `check_host` and `check_port`.
     """
-    host = check_host(host)
+    from ekiben.settings import load_settings
+
+    section = load_settings(root).serve
+    host = check_host(host or section.host)
     served, bundle = find_served(root)
-    port = check_port(host, port)
+    port = check_port(host, port or section.port)
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     say(f"starting {served.bento}: {served.name} version {served.version}, {bundle.info.runtime}")
     process = start_bento(served.bento, host, port, journal=Path(root) / ".ekiben" / "journal")
@@ -193,11 +196,9 @@ def serve(
         say(example_request(bundle, url))
         code = process.wait()
     except KeyboardInterrupt:
-        return 130
+        return 0 if stopped.by_signal else 130
     finally:
         stop_process(process)
-    if stopped.by_signal:
-        return 0
     raise ServiceError(f"the service ended by itself with code {code}; its last lines above say why")
 
 # %% ../../../nbs/library/serving/run.ipynb #a467d2a0

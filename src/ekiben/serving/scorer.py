@@ -262,7 +262,7 @@ class Scorer:
 
     def _explain(self, id_: str, answer: Answer, terms: np.ndarray, margin: np.ndarray) -> Explanation:
         names = self.bundle.preprocessor.names
-        shared = {
+        shared: dict[str, Any] = {
             "id": id_,
             "label": answer.label,
             "probability": answer.probability,

@@ -121,6 +121,7 @@ STARTS: dict[str, list[dict[str, Any]]] = {
     "lightgbm": [
         {"learning_rate": 0.1, "num_leaves": 31, "feature_fraction": 1.0, "min_data_in_leaf": 20, "lambda_l2": 0.0},
         {"learning_rate": 0.1, "num_leaves": 31, "feature_fraction": 0.5, "min_data_in_leaf": 5, "lambda_l2": 0.0},
+        {"learning_rate": 0.1, "num_leaves": 7, "feature_fraction": 0.5, "min_data_in_leaf": 100, "lambda_l2": 5.0},
     ],
     "linear": [{"C": 1.0}],
 }

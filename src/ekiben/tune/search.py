@@ -75,7 +75,8 @@ class SearchResult(Record, frozen=True):
         return (
             f"**{self.estimator}** wins: cross-validated {self.metric} **{self.value:.4f}**, "
             f"linear baseline {self.baseline_value:.4f}. {len(self.trials)} trials in {self.seconds:.0f} s: "
-            f"{done} complete, {len(self.trials) - done} given up early, {self.resumed} taken over from an earlier run."
+            f"{done} complete, {len(self.trials) - done} given up early"
+            + (f", {self.resumed} taken over from an earlier run." if self.resumed else ".")
         )
 
 # %% ../../../nbs/library/tune/search.ipynb #30226ec8
