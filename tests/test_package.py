@@ -19,10 +19,10 @@ from ekiben.package import (
     make_bundle,
     release,
     require_gates,
-    what_is_gone,
 )
 from ekiben.parity import prove_parity, require_parity
 from ekiben.records import Judgement
+from ekiben.runner.standing import what_is_gone
 from ekiben.registry import Registry
 from ekiben.serving.bundle import Limits, Lineage
 from ekiben.serving.run import Served, bento_folder, find_served
@@ -185,20 +185,24 @@ def test_the_first_is_champion_and_later_ones_earn_it(home):
     assert worse.alias == "challenger" and not worse.comparison.is_better
     assert find_served(home)[0].version == "2"
 
-    facts = better.to_dict()
-    assert what_is_gone(facts, registry) == ""
+    facts = {"model": better.to_dict(), "bento": {"tag": better.bento}}
+
+    def gone() -> str:
+        return what_is_gone(home, "sqlite:///mlflow.db", facts)
+
+    assert gone() == ""
     label = json.loads(json.dumps(msgspec.yaml.decode((bento_folder(better.bento) / "bento.yaml").read_bytes())))["labels"]
     assert label["ekiben.version"] == "2" and label["ekiben.run"] == "20260101-120000-aaaa"
     assert label["ekiben.digest"] == better.digest and label["ekiben.git"] == "0" * 40
 
     card = bento_folder(better.bento) / "src" / "bundle" / "card.md"
     card.write_text("another card")
-    assert not is_whole(better.bento) and "was changed" in what_is_gone(facts, registry)
+    assert not is_whole(better.bento) and "was changed" in gone()
     with pytest.raises(IntegrityError, match=r"card\.md"):
         find_served(home)
     assert go(strong).bento == better.bento and is_whole(better.bento), "a damaged Bento is built again"
     registry.set_alias(registry.versions("census")[1], "champion")
-    assert "no longer champion" in what_is_gone(facts, registry)
+    assert "no longer holds census version 2 as champion" in gone()
 
 
 def test_a_service_that_is_not_there_is_named(home):

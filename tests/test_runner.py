@@ -265,3 +265,20 @@ def test_a_context_round_trips(tmp_path: Path) -> None:
     context = StepContext(root=str(tmp_path), run_id="r", step="tune", waivers={"auc >= 0.5": "why"})
     assert StepContext.from_json(context.to_json()) == context
     assert Layout(tmp_path).result("r", "tune").name == "tune.json"
+
+
+def test_papermill_itself_finds_the_engine_and_keeps_its_behaviour(tmp_path: Path) -> None:
+    write_notebook(tmp_path / "in.ipynb", "n: int = 1", ["print(n * 2)", "1 / 0"])
+    command = [sys.executable, "-m", "papermill", "--engine", "ekiben", "-p", "n", "21", "in.ipynb", "out.ipynb"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+    cells = json.loads((tmp_path / "out.ipynb").read_text())["cells"]
+    printed = [o["text"] for c in cells for o in c.get("outputs", []) if o["output_type"] == "stream"]
+    assert [["42\n"]] == [p if isinstance(p, list) else [p] for p in printed]
+    assert any("injected-parameters" in c["metadata"].get("tags", []) for c in cells)
+
+
+@pytest.mark.parametrize("module", ["ekiben.runner.engine", "ekiben.runner.plugin", "papermill", "ekiben.runner.notebooks"])
+def test_engine_and_papermill_can_be_imported_in_any_order(module: str) -> None:
+    code = f"import {module}; from papermill.engines import papermill_engines as e; e.get_engine('ekiben')"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

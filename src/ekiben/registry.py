@@ -172,8 +172,9 @@ class Registry:
         if self._client is None:
             os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
             logging.getLogger("alembic").setLevel(logging.WARNING)
-            from mlflow.tracking import MlflowClient
-
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                from mlflow.tracking import MlflowClient
             with self._asking("open the store"):
                 self._client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
                 self._client.search_registered_models(max_results=1)
@@ -181,7 +182,9 @@ class Registry:
 
     @contextlib.contextmanager
     def _asking(self, what: str) -> Iterator[None]:
-        from mlflow.exceptions import MlflowException
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
 
         try:
