@@ -15,7 +15,7 @@ from tiny import TUNE, make_project, write_notebook
 
 from ekiben.cli import main
 from ekiben.errors import UsageError
-from ekiben.runner.jobs import Plan, Runner, exit_code_of, read_waivers
+from ekiben.runner.jobs import Plan, Runner, read_waivers
 from ekiben.runner.screen import Screen
 from ekiben.runs import Layout, Run
 from ekiben.settings import load_settings
@@ -128,6 +128,15 @@ def test_going_back_to_an_earlier_setting_is_free(tmp_path: Path) -> None:
     assert set(statuses(run(root)).values()) == {"cached"}
 
 
+def test_wrong_data_found_in_a_notebook_is_exit_2_in_one_line(tmp_path: Path) -> None:
+    root = make_project(tmp_path / "tiny")
+    cell = "from ekiben.errors import DataError\nraise DataError('column `income` is not in the table')"
+    write_notebook(root / "nbs/pipeline/02_tune.ipynb", 'upstream: list[str] = ["prepare"]', [TUNE[0], cell])
+    done = run(root)
+    assert done.exit_code == 2
+    assert done.error.startswith("column `income` is not in the table (tune, cell ") and "\n" not in done.error
+
+
 BREAKS = {
     "raises": ("raise ValueError('no such thing')", "ValueError: no such thing"),
     "killed": ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "DeadKernelError"),
@@ -144,7 +153,7 @@ def test_a_broken_step_says_what_broke_and_the_next_run_carries_on(tmp_path: Pat
     whole = tune.read_text()
     write_notebook(tune, 'upstream: list[str] = ["prepare"]\nfactor: int = 2', [TUNE[0], code, "print('after')"])
     done = run(root)
-    assert exit_code_of(done) == 1
+    assert done.exit_code == 1
     assert statuses(done) == {"prepare": "ran", "tune": "failed", "evaluate": "skipped"}
     assert message in done.error and "cell" in done.error and "02_tune.ipynb" in done.error
     executed = json.loads((root / done.steps[1].notebook).read_text())
@@ -171,14 +180,14 @@ def test_a_failed_gate_ends_the_run_with_exit_3_and_a_waiver_with_a_reason_lets_
         ["from ekiben import step\nstep.begin('report')"],
     )
     done = run(root)
-    assert exit_code_of(done) == 3
+    assert done.exit_code == 3
     assert statuses(done)["report"] == "skipped"
     settings = load_settings(root)
     waived = run(root, waivers=read_waivers(["auc"], "a pilot of two weeks", settings))
-    assert exit_code_of(waived) == 0
+    assert waived.exit_code == 0
     assert waived.gates[0].waived == "a pilot of two weeks"
     assert statuses(waived)["report"] == "ran"
-    assert exit_code_of(run(root)) == 3
+    assert run(root).exit_code == 3
 
 
 def test_a_waiver_needs_a_known_gate_and_a_reason(tmp_path: Path) -> None:
@@ -193,7 +202,7 @@ def test_loading_from_a_step_that_is_not_upstream_is_refused(tmp_path: Path) -> 
     root = make_project(tmp_path / "tiny")
     write_notebook(root / "nbs/pipeline/02_tune.ipynb", "upstream: list[str] = []\nfactor: int = 2", TUNE)
     done = run(root)
-    assert "not in its upstream" in done.error and exit_code_of(done) == 1
+    assert "not in its upstream" in done.error and done.exit_code == 2
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])

@@ -20,7 +20,7 @@ from ekiben.errors import SettingsError, UsageError
 from ekiben.pipeline.tune import search_space
 from ekiben.tune.lightgbm_cv import LightGBMTrainer, complete_params
 from ekiben.tune.problem import Problem, Stop, choose_score
-from ekiben.tune.race import is_behind
+from ekiben.tune.race import cannot_win, is_behind
 from ekiben.tune.search import SearchResult, search_models
 
 TRIALS = 10
@@ -212,7 +212,7 @@ def test_the_value_is_that_of_the_out_of_fold_predictions(reference):
     assert not np.isnan(reference[1].oof).any()
 
 
-def test_pruned_trials_were_behind_on_every_fold_they_ran(reference):
+def test_pruned_trials_could_not_have_won_any_more(reference):
     result = reference[1].result
     pruned = [t for t in result.trials if t.state == "pruned"]
     assert pruned, "the race never stopped a trial"
@@ -220,7 +220,7 @@ def test_pruned_trials_were_behind_on_every_fold_they_ran(reference):
         before = [t for t in result.trials[: trial.number] if t.state == "complete" and t.estimator == trial.estimator]
         best = max(before, key=lambda t: (t.value, -t.number))
         assert 2 <= len(trial.folds) < 4
-        assert is_behind(trial.folds, best.folds, choose_score("auc", "binary"))
+        assert cannot_win(trial.folds, best.folds, choose_score("auc", "binary"))
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=5), st.floats(1e-3, 0.5))
@@ -233,6 +233,17 @@ def test_a_race_is_lost_only_on_every_fold(folds, lag):
     assert not is_behind([*worse[:-1], folds[-1]], folds, score)
     assert not is_behind(worse[:1], folds, score)
     assert is_behind(folds, worse, choose_score("log_loss", "binary"))
+
+
+@given(st.lists(st.floats(0, 1), min_size=5, max_size=5), st.lists(st.floats(0, 1), min_size=5, max_size=5))
+@settings(max_examples=100, deadline=None)
+def test_a_trial_that_wins_on_average_is_never_given_up_at_its_end(mine, rival):
+    score = choose_score("auc", "binary")
+    if sum(mine) >= sum(rival) + 1e-9:
+        assert not cannot_win(mine, rival, score)
+    if all(m < r for m, r in zip(mine, rival, strict=True)):
+        assert cannot_win(mine[:2], rival, score)
+    assert not cannot_win(mine[:1], rival, score)
 
 
 def test_wine_three_classes_and_178_rows():

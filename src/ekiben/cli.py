@@ -123,7 +123,7 @@ def run(
 
     Example: ekiben run --sample 5000
     """
-    from ekiben.runner.jobs import Plan, Runner, exit_code_of, read_waivers, sampled
+    from ekiben.runner.jobs import Plan, Runner, read_waivers, sampled
     from ekiben.runner.screen import Screen
     from ekiben.settings import load_settings
 
@@ -138,7 +138,7 @@ def run(
         sys.stdout.write(done.to_json().decode() + "\n")
     if done.error:
         typer.echo(f"error: {done.error}", err=True)
-    raise typer.Exit(exit_code_of(done))
+    raise typer.Exit(done.exit_code)
 
 # %% ../../nbs/library/cli.ipynb #7c1840ee
 def _pair(text: str) -> tuple[str, str]:

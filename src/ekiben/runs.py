@@ -95,6 +95,7 @@ class Run(Record, frozen=True):
     model: dict[str, Any] = {}
     bento: dict[str, Any] = {}
     error: str = ""
+    exit_code: int = 0
     mlflow: dict[str, str] = {}
     versions: dict[str, str] = {}
 

@@ -32,7 +32,7 @@ from ..store import Store
 
 # %% auto #0
 __all__ = ['SAMPLE_BUDGET_S', 'Plan', 'sampled', 'chosen_steps', 'parameters_of', 'find_waivers', 'stopping', 'read_waivers',
-           'Runner', 'git_state', 'exit_code_of']
+           'Runner', 'git_state']
 
 # %% ../../../nbs/library/runner/jobs.ipynb #3941ef49
 class Plan(Record, frozen=True):
@@ -187,24 +187,25 @@ class Runner:
         self.screen.begin(self.run.run_id, [s.name for s in self.chosen], self._expected())
         before = signal.signal(signal.SIGTERM, _as_interrupt)
         status: Any = "done"
-        error = ""
+        error, code = "", 0
         try:
             for step in self.chosen:
                 self._provide_upstream(step)
                 self._one(step)
                 stopped = stopping(self.run.gates, self.settings)
                 if stopped:
-                    status = "gate_failed"
+                    status, code = "gate_failed", 3
                     break
         except StepError as exc:
-            status, error = "failed", str(exc)
+            status, error, code = "failed", str(exc), int(exc.fields.get("code", 1))  # type: ignore[call-overload]
         except KeyboardInterrupt:
-            status, error = "interrupted", "interrupted; the next `ekiben run` carries on from the last finished step"
+            status, code = "interrupted", 130
+            error = "interrupted; the next `ekiben run` carries on from the last finished step"
         finally:
             signal.signal(signal.SIGTERM, before)
             done = {s.name for s in self.run.steps}
             rest = [StepRun(name=s.name, status="skipped", why=_why_skipped(status)) for s in self.chosen if s.name not in done]
-            self._update(steps=[*self.run.steps, *rest], status=status, error=error)
+            self._update(steps=[*self.run.steps, *rest], status=status, error=error, exit_code=code)
             self._close(status)
         return self.run
 
@@ -412,8 +413,3 @@ def git_state(root: Path) -> dict[str, Any]:
     if said[0].returncode:
         return {}
     return {"commit": said[0].stdout.strip(), "dirty": bool(said[1].stdout.strip())}
-
-# %% ../../../nbs/library/runner/jobs.ipynb #686c3abf
-def exit_code_of(run: Run) -> int:
-    """Return the exit code that a finished run means: 0, 1 failed, 3 gate, 130 interrupted."""
-    return {"done": 0, "failed": 1, "gate_failed": 3, "interrupted": 130}.get(run.status, 1)

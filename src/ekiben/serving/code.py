@@ -250,7 +250,7 @@ def load_code(files: Mapping[str, str], module: str = "pipeline.prepare") -> Mod
     IntegrityError
         When it cannot be imported here.
     """
-    alias = f"_ekiben_bundle_{next(_counter)}"
+    alias = next(name for n in _counter if (name := f"_ekiben_bundle_{n}") not in sys.modules)
     finder: Any = MemoryFinder(alias, files)
     sys.meta_path.insert(0, finder)
     try:

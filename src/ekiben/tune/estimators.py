@@ -25,6 +25,7 @@ class PlainFold:
 
     prediction: np.ndarray
     curve: np.ndarray
+    is_cut: bool = False
 
     def predict(self, rounds: int) -> np.ndarray:
         """Return the predictions of the validation rows; `rounds` does not matter."""
@@ -61,8 +62,8 @@ class LinearTrainer:
         p = self.problem
         return fit_linear(p.X[rows], p.y[rows], **self.about, **params)
 
-    def train_fold(self, params: dict[str, Any], fold: int, stop: Stop) -> PlainFold:
-        """Fit on the fold's training rows, predict its validation rows."""
+    def train_fold(self, params: dict[str, Any], fold: int, stop: Stop, aim: float | None = None) -> PlainFold:
+        """Fit on the fold's training rows, predict its validation rows; `aim` cannot shorten that."""
         train, valid = self.problem.folds[fold]
         valid = np.sort(valid)
         prediction = self._fit(params, np.sort(train)).predict(self.problem.X[valid])

@@ -16,7 +16,8 @@ from ..records import Task
 from .problem import Problem, Score, Stop
 
 # %% auto #0
-__all__ = ['DATASET_PARAMS', 'MAX_ROUNDS', 'MANY_ROWS', 'complete_params', 'BoostedFold', 'LightGBMTrainer', 'patience_of']
+__all__ = ['DATASET_PARAMS', 'MAX_ROUNDS', 'MANY_ROWS', 'complete_params', 'BoostedFold', 'LightGBMTrainer', 'is_out_of_reach',
+           'patience_of']
 
 # %% ../../../nbs/library/tune/lightgbm_cv.ipynb #3ed51dc9
 DATASET_PARAMS = (
@@ -62,6 +63,7 @@ class BoostedFold:
     booster: lgb.Booster
     X_valid: np.ndarray
     curve: np.ndarray
+    is_cut: bool = False
 
     def predict(self, rounds: int) -> np.ndarray:
         """Predict the validation rows with the first `rounds` rounds."""
@@ -112,8 +114,8 @@ class LightGBMTrainer:
         cut = [(whole.subset(np.sort(t)).construct(), whole.subset(np.sort(v)).construct()) for t, v in p.folds]
         return cut
 
-    def train_fold(self, params: dict[str, Any], fold: int, stop: Stop) -> BoostedFold:
-        """Boost until the validation score has stopped getting better."""
+    def train_fold(self, params: dict[str, Any], fold: int, stop: Stop, aim: float | None = None) -> BoostedFold:
+        """Boost until the validation score has stopped getting better, or can no longer reach `aim`."""
         train, valid = self.prepare(params)[fold]
         full = self.complete(params)
         name = self.score.lightgbm
@@ -123,17 +125,20 @@ class LightGBMTrainer:
         booster.add_valid(valid, "valid")
         patience = patience_of(full)
         curve: list[float] = []
-        best, best_round = -np.inf, 0
+        tops: list[float] = []
+        best, best_round, is_cut = -np.inf, 0, False
         for i in range(MAX_ROUNDS):
             finished = booster.update()
             value = booster.eval_valid()[0][2]
             curve.append(1 - value if self.score.complement else value)
             if (signed := self.score.sign * curve[-1]) > best:
                 best, best_round = signed, i
-            if finished or stop or i - best_round >= patience:
+            tops.append(best)
+            is_cut = aim is not None and i % 10 == 9 and is_out_of_reach(tops, self.score.sign * aim, patience)
+            if finished or stop or is_cut or i - best_round >= patience:
                 break
         rows = np.sort(self.problem.folds[fold][1])
-        return BoostedFold(booster=booster, X_valid=self.problem.X[rows], curve=np.array(curve))
+        return BoostedFold(booster=booster, X_valid=self.problem.X[rows], curve=np.array(curve), is_cut=is_cut)
 
     def refit(self, params: dict[str, Any], rounds: int) -> Any:
         """Train on all rows; more rows carry a few more rounds (the square root of their ratio)."""
@@ -156,6 +161,30 @@ class LightGBMTrainer:
         """Return the rounds for all rows, given the best number of rounds on the folds."""
         mean = float(np.mean([len(train) for train, _ in self.problem.folds]))
         return max(1, round(rounds * (len(self.problem.y) / mean) ** 0.5))
+
+# %% ../../../nbs/library/tune/lightgbm_cv.ipynb #d3b083a1
+def is_out_of_reach(tops: list[float], aim: float, window: int) -> bool:
+    """Return whether a learning curve, followed as it bends, ends below `aim`.
+
+    Parameters
+    ----------
+    tops : list of float
+        The best score so far after each round; larger is better.
+    aim : float
+        What has to be reached.
+    window : int
+        Rounds over which a gain is measured.
+
+    Notes
+    -----
+    With the gains ``a`` and ``b`` of the last two windows, what is still to come is taken as the geometric series
+    ``b q / (1 - q)`` with ``q = b / a``, at most 0.9; one and a half times that is granted.
+    """
+    if len(tops) <= 2 * window:
+        return False
+    before, last = tops[-1 - window] - tops[-1 - 2 * window], tops[-1] - tops[-1 - window]
+    ratio = min(last / before, 0.9) if before > 0 else 0.9
+    return tops[-1] + 1.5 * last * ratio / (1 - ratio) < aim
 
 # %% ../../../nbs/library/tune/lightgbm_cv.ipynb #2471c1ba
 def patience_of(params: dict[str, Any]) -> int:

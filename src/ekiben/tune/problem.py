@@ -172,6 +172,8 @@ class FoldFit(Protocol):
 
     curve: np.ndarray
     """(rounds,) score on the validation rows after each round; one entry where there are no rounds."""
+    is_cut: bool
+    """Whether training ended early because the aim was out of reach."""
 
     def predict(self, rounds: int) -> np.ndarray:
         """Predict the fold's validation rows with the first `rounds` rounds."""
@@ -183,8 +185,8 @@ class Trainer(Protocol):
     def prepare(self, params: dict[str, Any]) -> Any:
         """Do once what all folds and trials share."""
 
-    def train_fold(self, params: dict[str, Any], fold: int, stop: Stop) -> FoldFit:
-        """Train on a fold; return early when `stop` says so."""
+    def train_fold(self, params: dict[str, Any], fold: int, stop: Stop, aim: float | None = None) -> FoldFit:
+        """Train on a fold; return early when `stop` says so, or when `aim` is out of reach (then ``is_cut``)."""
 
     def refit(self, params: dict[str, Any], rounds: int) -> Any:
         """Return a ``Model`` trained on all rows, given the rounds that were best on the folds."""

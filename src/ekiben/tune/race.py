@@ -17,7 +17,7 @@ from .problem import FoldFit, Score, Stop, Trainer
 from .studies import Study
 
 # %% auto #0
-__all__ = ['PATIENCE', 'LINEAR_TRIALS', 'STARTS', 'TrialResult', 'Evaluation', 'is_behind', 'run_folds', 'Race']
+__all__ = ['PATIENCE', 'LINEAR_TRIALS', 'STARTS', 'TrialResult', 'Evaluation', 'is_behind', 'cannot_win', 'run_folds', 'Race']
 
 # %% ../../../nbs/library/tune/race.ipynb #423c3a03
 class TrialResult(Record, frozen=True):
@@ -32,7 +32,7 @@ class TrialResult(Record, frozen=True):
         The mean score over the folds; of a pruned trial what it was heading for: the best trial's score, less what it
         lagged behind on the folds they share.
     state : {"complete", "pruned"}
-        ``pruned``: worse than the best trial so far on each of its first folds, and given up.
+        ``pruned``: too far behind the best trial so far on its first folds, and given up.
     seconds : float
     params : dict
         What the search space chose.
@@ -65,6 +65,26 @@ def is_behind(folds: Sequence[float], rival: Sequence[float], score: Score) -> b
     both = list(zip(folds, rival, strict=False))
     return len(both) > 1 and all(score.sign * mine < score.sign * best for mine, best in both)
 
+# %% ../../../nbs/library/tune/race.ipynb #ade5b0ff
+def cannot_win(folds: Sequence[float], rival: Sequence[float], score: Score) -> bool:
+    """Return whether a trial, two folds in at least, is lost: too far behind for its remaining folds to make up.
+
+    Parameters
+    ----------
+    folds : sequence of float
+        The trial's scores so far.
+    rival : sequence of float
+        The best trial's scores, on all folds.
+    score : Score
+
+    Notes
+    -----
+    With leads ``d`` on the folds so far, each remaining fold is granted ``max(d, 0)``; the trial is lost when even so the
+    sum stays below zero.
+    """
+    leads = [score.sign * (mine - best) for mine, best in zip(folds, rival, strict=False)]
+    return len(leads) > 1 and sum(leads) + (len(rival) - len(leads)) * max(*leads, 0.0) < 0
+
 # %% ../../../nbs/library/tune/race.ipynb #04933166
 def run_folds(
     trainer: Trainer,
@@ -93,7 +113,8 @@ def run_folds(
     """
     trainer.prepare(params)
     stop = Stop(deadline)
-    running = [pool.submit(trainer.train_fold, params, i, stop) for i in range(folds)]
+    aims: list[float | None] = [*rival] or [None] * folds
+    running = [pool.submit(trainer.train_fold, params, i, stop, aims[i]) for i in range(folds)]
     fits: list[FoldFit] = []
     bests: list[float] = []
     try:
@@ -102,9 +123,15 @@ def run_folds(
             bests.append(float(score.sign * np.max(score.sign * fits[-1].curve)))
             if stop.late:
                 return Evaluation(float("nan"), tuple(bests), 0, (), "late")
-            if len(bests) < folds and rival and is_behind(bests, rival, score):
+            if len(bests) < folds and rival and cannot_win(bests, rival, score):
                 lag = float(np.mean(np.subtract(bests, rival[: len(bests)])))
                 return Evaluation(float(np.mean(rival)) + lag, tuple(bests), 0, (), "pruned")
+        for i, fit in enumerate(fits):
+            if fit.is_cut:  # it lost this fold, but not the race: the mean curve needs the rest of it
+                fits[i] = trainer.train_fold(params, i, stop)
+                bests[i] = float(score.sign * np.max(score.sign * fits[i].curve))
+        if stop.late:
+            return Evaluation(float("nan"), tuple(bests), 0, (), "late")
     finally:
         stop.lost = True
         for future in running:
