@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from bundles import PREPARE, make_columns, make_package, make_project, make_target
 
+from ekiben.bento import is_whole
 from ekiben.errors import GateError, IntegrityError, ServiceError
 from ekiben.package import (
     Comparison,
     compare_bundles,
     compare_predictions,
-    is_whole,
     make_bundle,
     release,
     require_gates,

@@ -138,8 +138,8 @@ def _line(entry: StepRun) -> Text:
     took = f"{entry.seconds:.1f} s" if entry.status in ("ran", "failed") else entry.status
     return text.append(f"{took:>8}  {entry.why if entry.status != 'failed' else entry.error}", style="not bold default")
 
-# %% ../../../nbs/library/runner/screen.ipynb #e5c7af67
-HEADLINES = ("auc", "accuracy", "f1", "log_loss", "brier", "balanced_accuracy", "rmse", "mae", "r2", "coverage", "value", "auc_gain")
+# %% ../../../nbs/library/runner/screen.ipynb #7df4b1b2
+HEADLINES = ("auc", "accuracy", "f1", "log_loss", "brier", "balanced_accuracy", "rmse", "mae", "r2", "coverage", "value", "auc_gain", "rmse_gain")
 
 # %% ../../../nbs/library/runner/screen.ipynb #579b1959
 def closing_table(run: Run) -> Group:
