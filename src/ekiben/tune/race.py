@@ -93,7 +93,7 @@ def run_folds(
     score: Score,
     folds: int,
     pool: ThreadPoolExecutor,
-    rival: Sequence[float] = (),
+    rival: TrialResult | None = None,
     deadline: float | None = None,
 ) -> Evaluation:
     """Train a configuration on its folds, and give it up once it has lost the race.
@@ -106,14 +106,14 @@ def run_folds(
     folds : int
     pool : ThreadPoolExecutor
         One worker for each fold that runs at a time.
-    rival : sequence of float
-        Best round of each fold of the best trial so far; empty: no race.
+    rival : TrialResult, optional
+        The best trial so far; None: no race.
     deadline : float or None
         Value of ``time.monotonic()`` after which the trial is cut off.
     """
     trainer.prepare(params)
     stop = Stop(deadline)
-    aims: list[float | None] = [*rival] or [None] * folds
+    aims: list[float | None] = [*rival.folds] if rival else [None] * folds
     running = [pool.submit(trainer.train_fold, params, i, stop, aims[i]) for i in range(folds)]
     fits: list[FoldFit] = []
     bests: list[float] = []
@@ -123,9 +123,9 @@ def run_folds(
             bests.append(float(score.sign * np.max(score.sign * fits[-1].curve)))
             if stop.late:
                 return Evaluation(float("nan"), tuple(bests), 0, (), "late")
-            if len(bests) < folds and rival and cannot_win(bests, rival, score):
-                lag = float(np.mean(np.subtract(bests, rival[: len(bests)])))
-                return Evaluation(float(np.mean(rival)) + lag, tuple(bests), 0, (), "pruned")
+            if len(bests) < folds and rival and cannot_win(bests, rival.folds, score):
+                lag = float(np.mean(np.subtract(bests, rival.folds[: len(bests)])))
+                return Evaluation(rival.value + lag, tuple(bests), 0, (), "pruned")
         for i, fit in enumerate(fits):
             if fit.is_cut:  # it lost this fold, but not the race: the mean curve needs the rest of it
                 fits[i] = trainer.train_fold(params, i, stop)

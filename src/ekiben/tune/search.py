@@ -232,7 +232,7 @@ class Hunt:
                 score=self.score,
                 folds=folds,
                 pool=pool,
-                rival=leader.folds if leader else (),
+                rival=leader,
                 deadline=deadline,
             )
         except BaseException:
