@@ -178,13 +178,13 @@ def is_out_of_reach(tops: list[float], aim: float, window: int) -> bool:
     Notes
     -----
     With the gains ``a`` and ``b`` of the last two windows, what is still to come is taken as the geometric series
-    ``b q / (1 - q)`` with ``q = b / a``, at most 0.9; one and a half times that is granted.
+    ``b q / (1 - q)`` with ``q = b / a``, at most 0.9; three times that is granted.
     """
     if len(tops) <= 2 * window:
         return False
     before, last = tops[-1 - window] - tops[-1 - 2 * window], tops[-1] - tops[-1 - window]
     ratio = min(last / before, 0.9) if before > 0 else 0.9
-    return tops[-1] + 1.5 * last * ratio / (1 - ratio) < aim
+    return tops[-1] + 3 * last * ratio / (1 - ratio) < aim
 
 # %% ../../../nbs/library/tune/lightgbm_cv.ipynb #2471c1ba
 def patience_of(params: dict[str, Any]) -> int:
