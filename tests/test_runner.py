@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import TUNE, make_project, write_notebook
+from tiny import TUNE, hear_ctrl_c, make_project, write_notebook
 
 from ekiben.cli import main
 from ekiben.errors import UsageError
-from ekiben.runner.jobs import Plan, Runner, read_waivers
+from ekiben.runner.jobs import Runner
+from ekiben.runner.plan import Plan, read_waivers
 from ekiben.runner.screen import Screen
 from ekiben.runs import Layout, Run
 from ekiben.settings import load_settings
@@ -214,7 +215,7 @@ def test_an_interrupted_run_leaves_130_and_nothing_half_written(tmp_path: Path, 
         [TUNE[0], "from pathlib import Path\nimport time\nPath('../../began').touch()\ntime.sleep(50)"],
     )
     command = [sys.executable, "-c", "import sys; from ekiben.cli import main; sys.exit(main(['run']))"]
-    process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c)
     for _ in range(300):
         if (root / "began").exists():
             break

@@ -16,6 +16,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from bundles import make_columns, make_project
+from tiny import hear_ctrl_c
 
 from ekiben.errors import DataError, UsageError
 from ekiben.records import Policy
@@ -168,7 +169,7 @@ try:
 except KeyboardInterrupt:
     sys.exit(130)
 """
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, preexec_fn=hear_ctrl_c)
     process.stdout.readline()
     time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -67,6 +68,11 @@ def empty_tracking_store() -> bytes:
         path = Path(folder) / "mlflow.db"
         MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
         return path.read_bytes()
+
+
+def hear_ctrl_c() -> None:
+    """Undo, in a child process, that a shell's background job ignores Ctrl-C: the tests may run in one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def make_project(root: Path, *, auc: float = 0.9, settings: str = SETTINGS) -> Path:

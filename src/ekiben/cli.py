@@ -123,14 +123,15 @@ def run(
 
     Example: ekiben run --sample 5000
     """
-    from ekiben.runner.jobs import Plan, Runner, read_waivers, sampled
+    from ekiben.runner.jobs import Runner
+    from ekiben.runner.plan import Plan, read_waivers, sampled
     from ekiben.runner.screen import Screen
     from ekiben.settings import load_settings
 
     root = _root(project)
     overrides = dict(_pair(text) for text in parameter)
     if sample:
-        overrides = sampled(overrides, sample)
+        overrides = sampled(overrides, sample, load_settings(root, overrides=overrides))
     waivers = read_waivers(waive, reason, load_settings(root, overrides=overrides)) if waive or reason else {}
     plan = Plan(only=only, from_step=from_step, force=force, waivers=waivers, overrides=overrides)
     done = Runner(root, plan, Screen(quiet=quiet)).execute()

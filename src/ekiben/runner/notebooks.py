@@ -124,5 +124,4 @@ def kernel_environment(root: Path, context: Path) -> dict[str, str]:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "BENTOML_DO_NOT_TRACK": "True",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-        "PYTHONWARNINGS": ",".join(filter(None, [os.environ.get("PYTHONWARNINGS", ""), "ignore:IProgress not found"])),
     }

@@ -114,7 +114,8 @@ class Screen:
         gone = time.monotonic() - self.began
         about = f" of about {self.expected[self.running]:.0f} s" if self.running in self.expected else " s"
         bar = _bar(done / total if total else 0.0)
-        text = Text(f"  ▸ {self.running:<9} {bar} cell {min(done + 1, total)}/{total}  {gone:.0f}{about}", style="bold")
+        where = f"cell {min(done + 1, total)}/{total}" if total else "starting"
+        text = Text(f"  ▸ {self.running:<9} {bar} {where}  {gone:.0f}{about}", style="bold")
         said = self._said()
         return text.append(f"  {said}", style="not bold cyan") if said else text
 

@@ -67,6 +67,7 @@ class Tracker:
 
     def _open(self) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # its news of migrations would break the live view
         import logging
 
         from mlflow.tracking import MlflowClient
