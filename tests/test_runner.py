@@ -233,6 +233,12 @@ def test_an_interrupted_run_leaves_130_and_nothing_half_written(tmp_path: Path, 
     assert statuses(run(root)) == {"prepare": "cached", "tune": "ran", "evaluate": "ran"}
 
 
+def test_a_step_alone_without_what_it_needs_is_a_failed_run_and_exit_2(tmp_path: Path) -> None:
+    done = run(make_project(tmp_path / "tiny"), only="evaluate")
+    assert (done.status, done.exit_code) == ("failed", 2)
+    assert "`evaluate` needs `prepare`" in done.error or "`evaluate` needs `tune`" in done.error
+
+
 def test_a_sample_never_reaches_package(tmp_path: Path) -> None:
     root = make_project(tmp_path / "tiny")
     write_notebook(

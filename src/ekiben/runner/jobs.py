@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from ..errors import IntegrityError, SettingsError, StepError, UsageError, did_you_mean
+from ..errors import EkibenError, IntegrityError, SettingsError, StepError, UsageError, did_you_mean
 from ..files import write_whole
 from .cache import find_cached, key_of, versions
 from .graph import Step, everything_upstream, read_steps
@@ -77,13 +77,7 @@ class Runner:
         self._began = time.monotonic()
 
     def execute(self) -> Run:
-        """Run the steps and return the account of it, whatever happened.
-
-        Raises
-        ------
-        UsageError
-            When a step that is not run here has no earlier result to stand for it.
-        """
+        """Run the steps and return the account of it, whatever happened; its ``exit_code`` says how it ended."""
         self.screen.begin(self.run.run_id, [s.name for s in self.chosen], self._expected())
         before = signal.signal(signal.SIGTERM, _as_interrupt)
         status: Any = "done"
@@ -96,11 +90,15 @@ class Runner:
                 if stopped:
                     status, code = "gate_failed", 3
                     break
-        except StepError as exc:
-            status, error, code = "failed", str(exc), int(exc.fields.get("code", 1))  # type: ignore[call-overload]
+        except EkibenError as exc:
+            status, error = "failed", str(exc)
+            code = int(exc.fields.get("code", exc.exit_code))  # type: ignore[call-overload]
         except KeyboardInterrupt:
             status, code = "interrupted", 130
             error = "interrupted; the next `ekiben run` carries on from the last finished step"
+        except Exception as exc:
+            status, error, code = "failed", f"{type(exc).__name__}: {exc}", 1
+            raise
         finally:
             signal.signal(signal.SIGTERM, before)
             done = {s.name for s in self.run.steps}
