@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pandera.pandas import DataFrameSchema
 
 # %% auto #0
-__all__ = ['Node', 'pandera_source', 'fields_from_pandera', 'build_schema', 'infer_task']
+__all__ = ['Node', 'pandera_source', 'column_line', 'fields_from_pandera', 'build_schema', 'infer_task']
 
 # %% ../../../nbs/library/data/schema.ipynb #b07f9558
 _DTYPES: dict[Kind, str] = {"number": "float", "flag": '"boolean"', "category": "str", "text": "str", "date": '"datetime64[us]"'}
@@ -59,6 +59,11 @@ def _column_source(field: Field) -> Node:
     facts += [f'"missing": [{", ".join(map(_quoted, field.missing))}]'] if field.missing else []
     unique: list[Node] = ["unique=True"] if field.unique else []
     return ("pa.Column(", [*parts, f"nullable={field.nullable}", *unique, ("metadata={", facts, "}")], ")")
+
+# %% ../../../nbs/library/data/schema.ipynb #265a1d31
+def column_line(field: Field) -> str:
+    """Return one column's line of the schema page, ready to paste."""
+    return f"{_quoted(field.name)}: {_flat(_column_source(field))},"
 
 # %% ../../../nbs/library/data/schema.ipynb #1340d8ff
 def _quoted(text: str) -> str:

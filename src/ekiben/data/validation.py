@@ -78,8 +78,7 @@ def validate(
                 column=name,
             )
     extra = tuple(n for n in names if n not in known)
-    note = f"not on the schema page and therefore left out: {', '.join(f'`{n}`' for n in extra)}"
-    notes = (DataWarning(kind="extra", columns=extra, message=note),) if extra else ()
+    notes = (_left_out(table.select(list(extra))),) if extra else ()
     bad = find_invalid(table, pandera_table, fields)
     if bad and on_invalid == "fail":
         raise _refusal(bad)
@@ -92,6 +91,16 @@ def validate(
     reasons = pa.array(["; ".join(b.reason for b in bad[int(r)]) for r in rows], pa.string())
     set_aside = table.take(pa.array(rows)).append_column("_row", pa.array(rows)).append_column("_reason", reasons)
     return Validation(good, set_aside, notes)
+
+# %% ../../../nbs/library/data/validation.ipynb #f0a0a5ac
+def _left_out(extra: pa.Table, most: int = 6) -> DataWarning:
+    from ekiben.data.infer import infer_fields
+    from ekiben.data.schema import column_line
+
+    names = tuple(extra.column_names)
+    note = f"not on the schema page and therefore left out: {', '.join(f'`{n}`' for n in names)}"
+    lines = [column_line(field) for field in infer_fields(extra.select(list(names[:most])))]
+    return DataWarning(kind="extra", columns=names, message=f"{note}; to use one, put its line there: `{' '.join(lines)}`")
 
 # %% ../../../nbs/library/data/validation.ipynb #8fd53551
 @dataclass(frozen=True)
