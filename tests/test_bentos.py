@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from bundles import make_columns, make_project
+from tiny import hear_ctrl_c
 
 from ekiben.bento import build_bento, is_whole
 from ekiben.errors import IntegrityError, ServiceError, UsageError
@@ -187,7 +188,8 @@ def test_serve_says_how_to_ask_and_ends_in_order(built, tmp_path, signum, code):
         "import sys; from pathlib import Path; from ekiben.serving.run import serve; "
         f"sys.exit(serve(Path({str(tmp_path)!r}), port={port}, say=lambda t: print(t, flush=True)))"
     )
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", program]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c)
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -196,8 +198,11 @@ def test_serve_says_how_to_ask_and_ends_in_order(built, tmp_path, signum, code):
     done = subprocess.run(shlex.split(lines[-1]), capture_output=True, text=True)
     assert 0 <= json.loads(done.stdout)["predictions"][0]["probability"] <= 1
     process.send_signal(signum)
-    assert process.wait(30) == code
-    process.stdout.close()
+    try:
+        assert process.wait(30) == code
+    finally:
+        process.kill()
+        process.stdout.close()
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
         with socket.socket() as probe:
