@@ -208,7 +208,7 @@ def ui(
     uri = resolve_uri(root, load_settings(root).pipeline.tracking_uri)
     _refuse_taken(port)
     typer.echo(f"MLflow on http://127.0.0.1:{port} (Ctrl-C ends it)")
-    command = ["-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)]
+    command = ["-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     _replace([sys.executable, *command], root, root)
 
 # %% ../../nbs/library/cli.ipynb #7697d7eb

@@ -206,7 +206,8 @@ def _facts(run: Run) -> str:
 def write_index(layout: Layout) -> Path:
     """Write ``reports/index.html``: every run, newest first, with its verdict and its first figures."""
     runs = read_runs(layout)
-    names = list(dict.fromkeys(m.label for run in runs for m in run.measures if not m.slice))[:4]
+    judged = (m.label for run in runs for m in run.measures if not m.slice and m.low is not None)
+    names = list(dict.fromkeys([*(g.metric for run in runs for g in run.gates if not g.slice), *judged]))[:3]
     rows = []
     for run in runs:
         failed = sum(1 for g in run.gates if g.verdict == "fail" and g.blocking)
