@@ -9,7 +9,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export BENTOML_DO_NOT_TRACK := True
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test slow check sync lab bench clean
+.PHONY: help install run test slow faults check sync lab bench clean
 
 help:  ## list the actions
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -19,6 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m compileall -q src  # the first start is then as quick as the second
 	@touch $@
 
 install: $(STAMP)  ## make the virtual environment with the pinned versions
@@ -28,10 +29,13 @@ run: $(STAMP)  ## run this repository's own pipeline on the embedded data
 
 test: $(STAMP)  ## run the library notebooks' own cells, then pytest
 	nbdev-test nbs/library --n-workers 2
-	python -m pytest -q -m "not slow"
+	python -m pytest -q -m "not slow and not faults"
 
 slow: $(STAMP)  ## run the slow tests: whole projects on real tables
 	python -m pytest -q -m slow
+
+faults: $(STAMP)  ## run the fault suite: kernels, runners and disks that fail, half an hour and more
+	python -m pytest -q -m faults
 
 check: $(STAMP)  ## fail when notebooks and src differ, then lint, types, layers
 	python tests/check_sync.py

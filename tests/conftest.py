@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
+os.environ.setdefault("EKIBEN_PIPELINE__KERNEL_IDLE_S", "0")  # a test's project is never run again: keep nothing warm for it
+
+# A pair of keys of the tests' own: what they package is signed, and the developer's keys are left alone.
+KEYS = tempfile.TemporaryDirectory(prefix="ekiben-keys-")
+os.environ["EKIBEN_CONFIG"] = KEYS.name
+for variable in ("EKIBEN_SIGNING_KEY", "EKIBEN_TRUSTED_KEYS"):
+    os.environ.pop(variable, None)
 
 
 @pytest.fixture(scope="session")

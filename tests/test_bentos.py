@@ -90,7 +90,7 @@ def test_the_bento_asks_for_little(built):
     _, bento, _ = built
     lines = (bento_folder(bento.tag) / "env" / "python" / "requirements.txt").read_text().split()
     names = {line.split("==")[0] for line in lines if "==" in line}
-    assert names == {"bentoml", "lightgbm", "msgspec", "numpy"}
+    assert names == {"bentoml", "cryptography", "lightgbm", "msgspec", "numpy"}
 
 
 def test_every_row_over_http_equals_the_pipeline(built, served):
@@ -153,11 +153,13 @@ def test_an_exported_bento_holds_all_it_needs_and_serves(built, tmp_path):
     subprocess.run(
         [sys.executable, "-m", "bentoml", "export", bento.tag, str(tmp_path / "census.bento")], check=True, capture_output=True
     )
-    subprocess.run(["tar", "xf", str(tmp_path / "census.bento"), "-C", str(tmp_path)], check=True)
-    load_bundle(tmp_path / "src" / "bundle")
+    unpacked = tmp_path / "unpacked"
+    unpacked.mkdir()
+    subprocess.run(["tar", "xf", str(tmp_path / "census.bento"), "-C", str(unpacked)], check=True)
+    load_bundle(unpacked / "src" / "bundle")
     port = free_port()
     environment = {**os.environ, "BENTOML_HOME": str(tmp_path / "empty"), "BENTOML_DO_NOT_TRACK": "True"}
-    command = [sys.executable, "-m", "bentoml", "serve", str(tmp_path), "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "bentoml", "serve", str(unpacked), "--host", "127.0.0.1", "--port", str(port)]
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
         wait_ready(f"http://127.0.0.1:{port}", process)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from datetime import date
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from ekiben.errors import SettingsError
+from ekiben.parameter_help import explain, help_table
 from ekiben.parameters import Parameter, convert, parse_parameters, read_cells, read_parameters, schema_of, step_name
+from ekiben.settings import load_settings
 from ekiben.values import from_text, hide_passwords, is_of_type, shorten, split_list, to_text, type_of
 
 patient = hypothesis_settings(deadline=None)
@@ -329,3 +333,223 @@ def test_passwords_of_urls_never_reach_a_message(url: str, shown: str) -> None:
     assert shorten(url) == shown
     with pytest.raises(SettingsError, match=re.escape(shown)):
         from_text(int, url)
+
+
+# One line for each kind of text that is easily taken for something else: what each annotation makes of it, or why not.
+REFUSED = object()
+TRICKY: dict[str, dict[str, object]] = {
+    "007": {"int": REFUSED, "float": REFUSED, "str": "007", "bool": REFUSED, "list[str]": ["007"], "list[int]": REFUSED},
+    "-007": {"int": REFUSED, "float": REFUSED, "str": "-007"},
+    "0": {"int": 0, "float": 0.0, "str": "0", "bool": False, "int | None": 0, "list[int]": [0]},
+    "-0": {"int": 0, "float": -0.0, "str": "-0"},
+    "-3": {"int": -3, "float": -3.0, "str": "-3", "bool": REFUSED, "list[int]": [-3], "Literal[-3, 3]": -3},
+    "+3": {"int": 3, "float": 3.0, "str": "+3"},
+    "1": {"int": 1, "bool": True, "Literal['1']": "1", "Literal[1]": 1, "int | str": 1, "str | int": "1", "bool | int": True},
+    "true": {"int": REFUSED, "float": REFUSED, "str": "true", "bool": True, "list[str]": ["true"], "int | None": REFUSED},
+    "True": {"bool": True, "str": "True", "int": REFUSED, "Literal['True']": "True", "Literal['true']": REFUSED},
+    "1_0": {"int": REFUSED, "float": REFUSED, "str": "1_0", "list[float]": REFUSED, "int | str": "1_0"},
+    "1e3": {"int": REFUSED, "float": 1000.0, "str": "1e3", "list[int]": REFUSED, "list[float]": [1000.0]},
+    "1.0": {"int": REFUSED, "float": 1.0, "str": "1.0", "Literal[1]": REFUSED},
+    ".5": {"float": 0.5, "int": REFUSED},
+    "5.": {"float": 5.0, "int": REFUSED},
+    "1,5": {"float": REFUSED, "int": REFUSED, "list[int]": [1, 5], "list[str]": ["1", "5"], "str": "1,5"},
+    "nan": {"float": REFUSED, "int": REFUSED, "str": "nan", "float | None": REFUSED, "list[float]": REFUSED},
+    "inf": {"float": REFUSED, "str": "inf"},
+    "-Infinity": {"float": REFUSED, "str": "-Infinity"},
+    "1e999": {"float": REFUSED, "str": "1e999"},
+    "0x10": {"int": REFUSED, "float": REFUSED, "str": "0x10"},
+    "٣": {"int": REFUSED, "float": REFUSED, "str": "٣", "date": REFUSED},
+    "１２": {"int": REFUSED, "float": REFUSED},
+    "²": {"int": REFUSED, "float": REFUSED},
+    "": {"int": REFUSED, "float": REFUSED, "bool": REFUSED, "str": "", "date": REFUSED, "Path": REFUSED, "list[str]": [],
+         "int | None": None, "str | None": None, "Optional[float]": None, "list[int] | None": None,
+         "Literal['a'] | None": None, "Literal['a']": REFUSED, "Literal['']": "", "Secret": REFUSED, "Secret | None": None},
+    "none": {"int | None": None, "str | None": "none", "int": REFUSED, "str": "none", "Literal['none'] | None": None,
+             "Path | None": None, "Secret | None": None},
+    "null": {"int | None": REFUSED, "str | None": "null"},
+    "2024-12-31": {"date": "2024-12-31", "str": "2024-12-31", "int": REFUSED, "date | None": "2024-12-31"},
+    "2024-02-30": {"date": REFUSED, "str": "2024-02-30", "list[date]": REFUSED},
+    "31.12.2024": {"date": REFUSED},
+    "2024-12-31T10:00": {"date": REFUSED},
+    "２０２４-12-31": {"date": REFUSED},
+    "a, b": {"list[str]": ["a", "b"], "str": "a, b", "list[Literal['a', 'b']]": ["a", "b"], "Path": "a, b", "list[Path]": ["a", "b"]},
+    "[1, 2]": {"list[int]": REFUSED, "str": "[1, 2]"},
+    "TOKEN": {"Secret": "TOKEN", "Secret | None": "TOKEN", "str": "TOKEN"},
+    "_T0KEN_2": {"Secret": "_T0KEN_2"},
+    "Token": {"Secret": REFUSED, "Secret | None": REFUSED},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "annotation", "value"),
+    [(text, annotation, value) for text, row in TRICKY.items() for annotation, value in row.items()],
+)
+@pytest.mark.parametrize("by", ["settings.ini", "environment", "-p"])
+def test_settings_environment_and_command_line_convert_alike(
+    tmp_path: Path, by: str, text: str, annotation: str, value: object
+) -> None:
+    default = {"Secret": "'DEFAULT'", "date": "'2000-01-01'", "Path": "'.'", "str": "'x'", "int": "9", "float": "9.5", "bool": "False"}
+    kind = type_of(annotation)
+    first = annotation.split(" | ")[0]
+    written = "None" if is_of_type(kind, None) else "[]" if is_of_type(kind, []) else default.get(first) or repr(get_args(kind)[0])
+    write_notebook(tmp_path / "nbs/pipeline/02_tune.ipynb", f"x: {annotation} = {written}")
+    (tmp_path / "settings.ini").write_text(f"[columns]\ntarget = y\n\n[tune]\n{f'x = {text}' if by == 'settings.ini' else ''}\n")
+    env = {"EKIBEN_TUNE__X": text} if by == "environment" else {}
+    overrides = {"tune.x": text} if by == "-p" else {}
+    try:
+        found = load_settings(tmp_path, env=env, overrides=overrides).steps["tune"]["x"]
+    except SettingsError as exc:
+        assert value is REFUSED, exc
+        assert "`x` takes " in str(exc) and "\n" not in str(exc)
+        assert str(exc).startswith(
+            {"settings.ini": "settings.ini line 5: [tune] ", "environment": "EKIBEN_TUNE__X", "-p": "the command line's tune.x"}[by]
+        )
+    else:
+        assert found == value
+        assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "text", "why"),
+    [
+        ("int", "007", "a number has no leading zeros (as text it keeps them: annotate it `str`)"),
+        ("float", "01.5", "a number has no leading zeros (as text it keeps them: annotate it `str`)"),
+        ("int", "1_0", "write it without `_`: 10"),
+        ("float", "-1_000", "write it without `_`: -1000"),
+        ("int", "1e3", "write 1000"),
+        ("int", "60.0", "write 60"),
+        ("int", "1.5", "it is not whole"),
+        ("int | None", "2.5", "it is not whole"),
+        ("float", "nan", "it must be finite"),
+        ("float", "-Infinity", "it must be finite"),
+        ("float", "1e999", "it is too large"),
+        ("int", "true", "yes or no is of type `bool`"),
+        ("float", "1,5", "decimals follow a point"),
+        ("int", "٣", "only the digits 0 to 9 count"),
+        ("list[int]", "1, 007", "a number has no leading zeros (as text it keeps them: annotate it `str`)"),
+    ],
+)
+def test_a_refused_number_is_told_why(annotation: str, text: str, why: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        convert(parameter(annotation), text)
+    assert str(refused.value).endswith(f"; {why}")
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("x: tuple[int, int] = (1, 2)", "`tuple[int, int]` is no type of a parameter; use list[…]"),
+        ("x: set[str] = {'a'}", "use list[…]"),
+        ("x: dict[str, int] = {}", "use one parameter for each key"),
+        ("x: datetime = '2024-01-01'", "use date or str"),
+        ("x: list[int] = (1, 2)", "but its default is `(1, 2)`; a list is written in [ ]"),
+        ("x: list[list[int]] = [[1]]", "is no type of a parameter"),
+        ("x: list[int] = [1, [2]]", "but its default is `[1, [2]]`"),
+        ("x: list[int] = [1, -2.0]", "takes a list"),
+        ("x: int = -(-1)", "must be a literal"),
+        ("x: float = float('nan')", "must be a literal"),
+        ("x: int = 0x10 * 2", "must be a literal"),
+    ],
+)
+def test_a_default_or_type_that_cannot_be_says_what_to_write_instead(source: str, says: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        parse_parameters(source)
+    assert says in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "default"),
+    [
+        ("x: int = -3", -3),
+        ("x: float = -3", -3.0),
+        ("x: int = 1_000", 1000),
+        ("x: int = 0x10", 16),
+        ("x: list[float] = [-1, 2.5]", [-1.0, 2.5]),
+        ("x: list[float] | None = [1]", [1.0]),
+        ("x: Literal[-1, 1] = -1", -1),
+        ("x: list[Literal['a', 'b']] = ['b']", ["b"]),
+        ("x: list[date] = ['2024-12-31']", ["2024-12-31"]),
+        ("x: Path | None = None", None),
+        ("x: int | str = '007'", "007"),
+        ("x: str = ''", ""),
+        ("x: str = 'a' 'b'", "ab"),
+    ],
+)
+def test_python_s_own_ways_of_writing_a_literal_are_fine_in_the_notebook(source: str, default: object) -> None:
+    (found,) = parse_parameters(source)
+    assert found.default == default
+    assert type(found.default) is type(default)
+
+
+def test_an_unknown_parameter_is_told_what_was_meant(tmp_path: Path) -> None:
+    write_notebook(tmp_path / "nbs/pipeline/02_tune.ipynb", "budget_s: float = 60\ntrials: int = 0")
+    for text, env, overrides, says in (
+        ("\n[tune]\nbudgets = 9\n", {}, {}, r"settings.ini line 5: \[tune\] has no key `budgets`; did you mean `budget_s`\?"),
+        ("", {"EKIBEN_TUNE__BUDGET": "9"}, {}, r"`EKIBEN_TUNE__BUDGET`, which is no setting; did you mean `EKIBEN_TUNE__BUDGET_S`\?"),
+        ("", {}, {"tune.trails": "9"}, r"has no key `trails`; did you mean `trials`\?"),
+        ("", {}, {"tun.trials": "9"}, r"no section is called \[tun\]; did you mean `tune`\?"),
+    ):
+        (tmp_path / "settings.ini").write_text(f"[columns]\ntarget = y\n{text}")
+        with pytest.raises(SettingsError, match=says):
+            load_settings(tmp_path, env=env, overrides=overrides)
+
+
+EVERY_TYPE = """from ekiben.redaction import Secret
+a: int = -3  # whole
+b: float = 1
+c: str = "x"
+d: bool = False
+e: date = "2024-12-31"
+f: Path = "data"
+g: Literal["a", 1] = "a"
+h: Literal["only"] = "only"
+i: list[str] = ["sex", "race"]
+j: list[float] = []
+k: int | None = None
+l: list[Literal[1, 2]] | None = [1]
+m: Secret = "TOKEN"
+n: Secret | None = ""
+o: int | str = "007"
+"""
+
+
+def test_the_json_schema_is_valid_and_says_the_same_as_the_conversion(tmp_path: Path) -> None:
+    import jsonschema
+
+    cell = read_parameters(write_notebook(tmp_path / "02_tune.ipynb", EVERY_TYPE))
+    schema = json.loads(json.dumps(schema_of(cell)))
+    checks = jsonschema.Draft202012Validator
+    checks.check_schema(schema)
+    assert schema["$schema"] == checks.META_SCHEMA["$id"]
+    validator = checks(schema, format_checker=checks.FORMAT_CHECKER)
+    validator.validate(cell.defaults)
+    wrong = {
+        "a": 1.5, "b": "1", "c": 1, "d": 1, "e": "2024-02-30", "f": "", "g": "b", "h": "x", "i": "sex", "j": ["x"],
+        "k": "none", "l": [3], "m": "tok-3f9a", "n": "tok-3f9a", "o": 1.5, "p": 1,
+    }  # fmt: skip
+    for name, value in wrong.items():
+        assert not validator.is_valid({name: value}), name
+    assert schema["properties"]["a"] == {"type": "integer", "default": -3, "description": "whole"}
+    assert schema["properties"]["g"]["enum"] == ["a", 1]
+
+
+def test_the_help_says_what_a_parameter_is_now_and_where_that_was_said(tmp_path: Path) -> None:
+    source = 'from ekiben.redaction import Secret\na: int = 1  # first\nb: int = 2\nc: int = 3\nd: int = 4\ntoken: Secret = "TOKEN"'
+    write_notebook(tmp_path / "nbs/pipeline/02_tune.ipynb", source)
+    (tmp_path / "settings.ini").write_text("[columns]\ntarget = y\n\n[tune]\na = 10\nb = 20\nc = 30\n")
+    settings = load_settings(tmp_path, env={"EKIBEN_TUNE__B": "200"}, overrides={"tune.c": "300"})
+    cell = read_cells(tmp_path / "nbs/pipeline")["tune"]
+    lines = {line.name: line for line in explain(settings, cell, env={"TOKEN": "hunter2"})}
+    assert [(line.now, line.origin) for line in lines.values()] == [
+        ("10", "settings.ini line 5"),
+        ("200", "EKIBEN_TUNE__B"),
+        ("300", "-p"),
+        ("4", "default"),
+        ("TOKEN (set)", "default"),
+    ]
+    assert (lines["a"].default, lines["a"].type, lines["a"].says) == ("1", "int", "first")
+    assert explain(settings, cell, env={})[-1].now == "TOKEN (not set)"
+    console = Console(width=120, file=io.StringIO(), record=True)
+    console.print(help_table(list(lines.values()), "tune"))
+    text = console.export_text()
+    assert "settings.ini line 5" in text and "hunter2" not in text

@@ -7,11 +7,16 @@ them; everything else (the page at `/`, `/docs.json`) is BentoML's.
 import os
 from pathlib import Path
 
-import bentoml
-
-from ekiben.serving.app import ServiceApp, State
+from ekiben.serving.signing import admit
 
 HERE = Path(__file__).resolve().parent
+SEAL = admit(HERE)  # every file of the Bento, before any of the rest is imported
+
+import bentoml  # noqa: E402
+
+from ekiben.serving.app import ServiceApp, State  # noqa: E402
+from ekiben.serving.trust import trusted_keys  # noqa: E402
+
 STATE = State()
 
 
@@ -32,6 +37,7 @@ class Scorer:
     def __init__(self) -> None:
         journal = os.environ.get("EKIBEN_JOURNAL")
         context = bentoml.server_context
+        STATE.trust, STATE.seal = trusted_keys(), SEAL
         tag = "" if context.bento_version == "not available" else f"{context.bento_name}:{context.bento_version}"
         STATE.open(
             Path(os.environ.get("EKIBEN_BUNDLE") or HERE / "bundle"),

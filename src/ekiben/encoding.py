@@ -15,8 +15,8 @@ from .errors import DataError
 from .records import Kind, Record
 
 # %% auto #0
-__all__ = ['Transformer', 'Fit', 'Clip', 'fit_clip', 'Impute', 'fit_impute', 'Unify', 'fit_unify', 'Rare', 'fit_rare',
-           'Frequency', 'fit_frequency', 'Preprocessor', 'encode_levels', 'fit_preprocessor']
+__all__ = ['Transformer', 'Fit', 'Clip', 'fit_clip', 'Impute', 'fit_impute', 'Unify', 'fold_spelling', 'fit_unify', 'Rare',
+           'fit_rare', 'Frequency', 'fit_frequency', 'Preprocessor', 'encode_levels', 'fit_preprocessor']
 
 # %% ../../nbs/library/encoding.ipynb #6d86db7c
 class Clip(Record, frozen=True, tag="clip"):
@@ -126,12 +126,13 @@ class Unify(Record, frozen=True, tag="unify"):
         """Return the columns with one spelling per category; categories that training never saw stay as they are."""
         unified: dict[str, object] = {}
         for name, spelling in self.spellings.items():
-            found = [None if v is None else spelling.get(_folded(v), v) for v in columns[name].tolist()]
+            found = [None if v is None else spelling.get(fold_spelling(v), v) for v in columns[name].tolist()]
             unified[name] = (columns.kinds[name], np.array(found, dtype=object))
         return columns.with_columns(**unified)
 
 
-def _folded(text: str) -> str:
+def fold_spelling(text: str) -> str:
+    """Return a text in lower case with single blanks: what spellings of one category have in common."""
     return " ".join(text.casefold().split())
 
 # %% ../../nbs/library/encoding.ipynb #f98eea83
@@ -150,7 +151,7 @@ def fit_unify(columns: Columns, *, names: Iterable[str] | None = None) -> Unify:
         levels = _by_frequency(columns[name].tolist())
         spelling: dict[str, str] = {}
         for level in levels:
-            spelling.setdefault(_folded(level), level)
+            spelling.setdefault(fold_spelling(level), level)
         if len(spelling) < len(levels):
             found[name] = spelling
     return Unify(spellings=found)

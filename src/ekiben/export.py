@@ -55,33 +55,58 @@ def export_notebooks(folder: Path) -> list[Path]:
     UsageError
         When the project has no ``[tool.nbdev] lib_path``.
     """
-    notebooks = notebooks_in(folder)
-    if not notebooks:
+    stale = stale_exports(folder)
+    if not stale:
         return []
     root = _project_of(folder)
-    library = _library_of(root)
-    memory = root / ".ekiben" / "exported.json"
-    try:
-        known: dict[str, str] = json.loads(memory.read_text())
-    except (OSError, ValueError):
-        known = {}
-    done = []
+    known = _known(root)
+    for notebook, module in stale.items():
+        export_to(notebook, _library_of(root))
+        known[str(notebook.relative_to(root))] = _mark(exported_source(notebook), module)
+    write_whole(_memory(root), json.dumps(known, indent=1).encode())
+    return list(stale)
+
+# %% ../../nbs/library/export.ipynb #6497c5ca
+def stale_exports(folder: Path) -> dict[Path, Path]:
+    """Return the notebooks of a folder that are to be exported, each with its module; see `export_notebooks`."""
+    notebooks = notebooks_in(folder)
+    if not notebooks:
+        return {}
+    root = _project_of(folder)
+    library, known, stale = _library_of(root), _known(root), {}
     for notebook in notebooks:
         source = exported_source(notebook)
         name = next((line.split(None, 2)[2].strip() for line in source.splitlines() if _names_module(line)), None)
         if name is None:
             continue
         module = library.joinpath(*name.split(".")).with_suffix(".py")
-        if known.get(str(notebook.relative_to(root))) == _mark(source, module):
-            continue
-        _export_one(notebook, library)
-        known[str(notebook.relative_to(root))] = _mark(source, module)
-        done.append(notebook)
-    if done:
-        write_whole(memory, json.dumps(known, indent=1).encode())
-    return done
+        if known.get(str(notebook.relative_to(root))) != _mark(source, module):
+            stale[notebook] = module
+    return stale
 
-# %% ../../nbs/library/export.ipynb #1ea8f124
+
+def export_to(notebook: Path, library: Path) -> None:
+    """Write the module of one notebook into a package's folder."""
+    from nbdev.export import nb_export
+
+    with contextlib.chdir(notebook.parent):  # nbdev looks for its settings from the working folder
+        nb_export(str(notebook), lib_path=str(library))
+    for package in {p.parent for p in library.rglob("*.py")}:
+        (package / "__init__.py").touch()
+
+
+def _memory(root: Path) -> Path:
+    return root / ".ekiben" / "exported.json"
+
+
+def _known(root: Path) -> dict[str, str]:
+    try:
+        known: dict[str, str] = json.loads(_memory(root).read_text())
+    except (OSError, ValueError):
+        known = {}
+    return known
+
+
 def _names_module(line: str) -> bool:
     return line.replace(" ", "").startswith("#|default_exp") and len(line.split()) >= 3
 
@@ -89,15 +114,6 @@ def _names_module(line: str) -> bool:
 def _mark(source: str, module: Path) -> str:
     made = module.read_bytes() if module.is_file() else b"(none)"
     return hashlib.sha256(source.encode() + b"\0" + made).hexdigest()
-
-
-def _export_one(notebook: Path, library: Path) -> None:
-    from nbdev.export import nb_export
-
-    with contextlib.chdir(notebook.parent):  # nbdev looks for its settings from the working folder
-        nb_export(str(notebook), lib_path=str(library))
-    for package in {p.parent for p in library.rglob("*.py")}:
-        (package / "__init__.py").touch()
 
 
 def _project_of(folder: Path) -> Path:

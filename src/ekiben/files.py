@@ -14,7 +14,7 @@ from pathlib import Path
 __all__ = ['write_whole', 'hash_file']
 
 # %% ../../nbs/library/files.ipynb #3d2a88af
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes, mode: int = 0o644) -> None:
     """Write `content` to `path` so that a reader sees the old file or the new one, never a part.
 
     The bytes go to a temporary file beside `path`, which then takes its name; a failure (a full disk, Ctrl-C) leaves the
@@ -25,7 +25,7 @@ def write_whole(path: Path, content: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as out:
             out.write(content)
-        os.chmod(name, 0o644)
+        os.chmod(name, mode)
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

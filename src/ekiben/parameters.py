@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import SettingsError, did_you_mean
-from .values import as_type, describe, from_text, is_of_type, shorten, type_of
+from .values import as_type, describe, from_text, is_of_type, is_secret, json_schema_of, shorten, type_of
 
 # %% auto #0
 __all__ = ['OF_THE_NOTEBOOK', 'Parameter', 'ParametersCell', 'read_parameters', 'step_name', 'parse_parameters', 'convert',
@@ -173,7 +173,7 @@ def parse_parameters(source: str, *, where: str = "parameters cell") -> tuple[Pa
 def _is_for_types(node: ast.Import | ast.ImportFrom) -> bool:
     """Whether an import only brings what annotations need."""
     names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-    return all(name in ("__future__", "typing", "datetime", "pathlib") for name in names)
+    return all(name in ("__future__", "typing", "datetime", "pathlib", "ekiben.redaction") for name in names)
 
 # %% ../../nbs/library/parameters.ipynb #e4afd7ed
 def _comments(source: str) -> dict[int, str]:
@@ -197,12 +197,14 @@ def _parameter(node: ast.stmt, says: str) -> Parameter:
         case _:
             raise SettingsError(f"only annotated literals may stand here, got `{shorten(ast.unparse(node))}`")
     kind = type_of(written)
+    written_value = "something else" if is_secret(kind) else f"`{shorten(ast.unparse(value))}`"
     try:
         default = ast.literal_eval(value)
-    except (ValueError, TypeError, SyntaxError) as exc:
-        raise SettingsError(f"the default of `{name}` must be a literal, got `{shorten(ast.unparse(value))}`") from exc
+    except (ValueError, TypeError, SyntaxError):
+        raise SettingsError(f"the default of `{name}` must be a literal, got {written_value}") from None
     if not is_of_type(kind, default):
-        raise SettingsError(f"`{name}` takes {describe(kind)}, but its default is `{shorten(repr(default))}`")
+        brackets = "; a list is written in [ ]" if isinstance(default, (tuple, set)) else ""
+        raise SettingsError(f"`{name}` takes {describe(kind)}, but its default is {written_value}{brackets}")
     return Parameter(name, written, as_type(kind, default), node.lineno, says)
 
 # %% ../../nbs/library/parameters.ipynb #edf9fdbc
@@ -217,19 +219,22 @@ def convert(parameter: Parameter, text: str) -> Any:
     try:
         return from_text(parameter.type, text)
     except SettingsError as exc:
-        raise SettingsError(f"`{parameter.name}` {exc}", **exc.fields) from exc
+        raise SettingsError(f"`{parameter.name}` {exc}", **exc.fields) from (None if is_secret(parameter.type) else exc)
 
 # %% ../../nbs/library/parameters.ipynb #0824f878
 def schema_of(cell: ParametersCell) -> dict[str, Any]:
-    """Return the JSON schema (draft 2020-12) of a parameters cell."""
-    from pydantic import TypeAdapter
-
+    """Return the JSON schema (draft 2020-12) of a parameters cell: types, choices, defaults, and comments as descriptions."""
     properties = {}
     for parameter in map(cell.__getitem__, cell.defaults):
-        properties[parameter.name] = TypeAdapter(parameter.type).json_schema() | {"default": parameter.default}
-        if parameter.says:
-            properties[parameter.name]["description"] = parameter.says
-    return {"title": cell.step, "type": "object", "properties": properties, "additionalProperties": False}
+        says = {"description": parameter.says} if parameter.says else {}
+        properties[parameter.name] = {**json_schema_of(parameter.type), "default": parameter.default, **says}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": cell.step,
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+    }
 
 # %% ../../nbs/library/parameters.ipynb #97823868
 def read_cells(folder: Path) -> dict[str, ParametersCell]:

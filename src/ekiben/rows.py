@@ -40,7 +40,10 @@ def parse_date(text: str, format: str | None = None) -> datetime | None:
         except ValueError:
             moment = None
     if moment is not None and moment.tzinfo is not None:
-        moment = moment.astimezone(UTC).replace(tzinfo=None)
+        try:
+            moment = moment.astimezone(UTC).replace(tzinfo=None)
+        except OverflowError:  # the first and the last day there is, elsewhere
+            moment = None
     return moment
 
 # %% ../../nbs/library/rows.ipynb #85daa81c
@@ -269,7 +272,7 @@ class RowReader:
                 except ValueError:
                     return None
                 if check.field.kind == "category" and len(check.clean) < 4096:
-                    check.clean.update(set(values).intersection(taken))
+                    check.clean.update(v for v in set(values).intersection(taken) if v is None or len(v) <= 100)
                 values = taken
             kept.append(values)
         return np.array(kept, dtype=object).reshape(b - a, n)

@@ -33,6 +33,14 @@ class PipelineSection(Section):
     seed: int = Field(0, ge=0, lt=2**32, description="the same seed and the same number of trials: the same model")
     tracking_uri: str = Field("sqlite:///mlflow.db", description="MLflow's store")
     step_timeout_s: float = Field(3600.0, gt=0, description="seconds after which a step is stopped")
+    cell_timeout_s: float = Field(0.0, ge=0, description="seconds after which a cell is stopped (0: only the step's time counts)")
+    output_limit_mb: float = Field(10.0, ge=0, description="what a cell may show [MB]; the rest is left out (0: no limit)")
+    jobs: int = Field(1, ge=1, le=64, description="steps that may run side by side")
+    warm_kernels: bool = Field(True, description="fork kernels from a process that has the imports done (Linux)")
+    kernel_idle_s: float | None = Field(
+        None, ge=0, description="seconds that this process waits for the next run (default: 600; 0 in CI)"
+    )
+    cache_gb: float = Field(10.0, gt=0, description="size [GB] above which the oldest stored results go")
 
 # %% ../../nbs/library/sections.ipynb #ab6c0c0e
 MISSING = ("?", "NA", "N/A", "n/a", "na", "NaN", "nan", "NULL", "null", "None", "none", "-", "--", ".")
@@ -109,6 +117,13 @@ class ServeSection(Section):
     unseen: Literal["accept", "reject"] = Field("accept", description="a category new to the model: accept | reject")
     max_rows: int = Field(10_000, ge=1, description="most rows in one request")
     max_body_mb: float = Field(16.0, gt=0, description="largest request, in MiB")
+    journal: bool = Field(True, description="keep predictions and feedback")
+    durability: Literal["async", "sync"] = Field(
+        "async", description="sync: no answer before the disk has its record; async: at most 0.1 s behind"
+    )
+    retention_days: int = Field(365, ge=0, description="days that the journal is kept (0: for ever)")
+    encryption: bool = Field(False, description="encrypt the sealed part of the journal")
+    trusted_keys: tuple[str, ...] = Field((), description="public keys, or files of them, whose signed Bentos are served too")
 
 # %% ../../nbs/library/sections.ipynb #e5b38fae
 class MonitorSection(Section):
@@ -153,6 +168,16 @@ class Settings(Section):
     monitor: MonitorSection
     steps: dict[str, dict[str, Any]]
     _places: dict[tuple[str, str], str] = PrivateAttr(default_factory=dict)
+    _secrets: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def secrets(self) -> dict[str, str]:
+        """``step.parameter`` → environment variable, of every ``Secret`` that names one."""
+        return dict(self._secrets)
+
+    def origin(self, section: str, key: str) -> str:
+        """Return where something was set, as `where` does; empty when it has its default."""
+        return self._places.get((section, key), "")
 
     def where(self, section: str, key: str = "") -> str:
         """Return where something was set, such as ``settings.ini line 14``, for messages."""

@@ -19,7 +19,7 @@ from .gates import check_gates, parse_gates
 from .inifile import Entry, Ini, read_ini
 from .parameters import ParametersCell, convert, read_cells
 from .sections import SECTIONS, PipelineSection, Section, Settings, types_of
-from .values import from_text, shorten, to_text
+from .values import from_text, is_secret, shorten, to_text
 
 # %% auto #0
 __all__ = ['Entries', 'find_root', 'load_settings', 'render_settings']
@@ -92,9 +92,16 @@ def _build(root: Path, cells: dict[str, ParametersCell], entries: Entries, ini: 
     sections = {name: _validated(name, own[name], places) for name in SECTIONS}
     settings = Settings(root=root, **sections, steps=steps)  # type: ignore[arg-type]
     settings._places.update(places)
+    settings._secrets.update(_secrets_of(cells, steps))
     _check_gates(settings)
     _check_roles(settings)
     return settings
+
+# %% ../../nbs/library/settings.ipynb #ffbbc806
+def _secrets_of(cells: Mapping[str, ParametersCell], steps: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return the environment variable that each secret parameter names."""
+    secrets = ((step, parameter.name) for step, cell in cells.items() for parameter in cell.parameters if is_secret(parameter.type))
+    return {f"{step}.{name}": steps[step][name] for step, name in secrets if steps[step].get(name)}
 
 # %% ../../nbs/library/settings.ipynb #951b2d37
 def _convert(section: str, key: str, where: str, entry: Entry, cells: Mapping[str, ParametersCell]) -> Any:
@@ -111,7 +118,8 @@ def _convert(section: str, key: str, where: str, entry: Entry, cells: Mapping[st
         known = [*own, *(cell.defaults if cell else ())]
         raise SettingsError(f"has no key `{key}`{did_you_mean(key, known)}")
     except SettingsError as exc:
-        raise SettingsError(f"{where}: [{section}] {exc}", **exc.fields | {"section": section, "key": key}) from exc
+        said = SettingsError(f"{where}: [{section}] {exc}", **exc.fields | {"section": section, "key": key})
+        raise said from (exc if exc.__cause__ else None)  # a refused secret has no cause that would show it
 
 
 def _named(key: str, kind: Any, text: str) -> Any:

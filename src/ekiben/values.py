@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from .errors import SettingsError, did_you_mean
+from .redaction import Secret
 
 # %% auto #0
-__all__ = ['PLAIN', 'YES_NO', 'type_of', 'describe', 'split_list', 'shorten', 'hide_passwords', 'from_text', 'to_text',
-           'is_of_type', 'as_type']
+__all__ = ['PLAIN', 'YES_NO', 'type_of', 'describe', 'split_list', 'shorten', 'hide_passwords', 'from_text', 'is_secret',
+           'to_text', 'is_of_type', 'as_type', 'json_schema_of']
 
 # %% ../../nbs/library/values.ipynb #ce0f1ab5
 PLAIN: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": bool, "date": date, "Path": Path}
+_INSTEAD = {"tuple": "list[…]", "set": "list[…]", "dict": "one parameter for each key", "datetime": "date or str"}
 
 
 def type_of(annotation: str) -> Any:
@@ -36,8 +38,9 @@ def type_of(annotation: str) -> Any:
     try:
         return _type_of(ast.parse(annotation, mode="eval").body)
     except (SyntaxError, ValueError) as exc:
-        known = f"{', '.join(PLAIN)}, Literal[…], list[…] or one of these | None"
-        raise SettingsError(f"`{annotation}` is no type of a parameter; use {known}", annotation=annotation) from exc
+        known = f"{', '.join(PLAIN)}, Secret, Literal[…], list[…] or one of these | None"
+        instead = _INSTEAD.get(re.split(r"\W", annotation.rpartition(".")[2].lower())[0], known)
+        raise SettingsError(f"`{annotation}` is no type of a parameter; use {instead}", annotation=annotation) from exc
 
 # %% ../../nbs/library/values.ipynb #bdd38b29
 def _type_of(node: ast.expr) -> Any:
@@ -47,8 +50,13 @@ def _type_of(node: ast.expr) -> Any:
             return type(None)
         case ast.Name(id=name) | ast.Attribute(attr=name) if name in PLAIN:
             return PLAIN[name]
+        case ast.Name(id="Secret") | ast.Attribute(attr="Secret"):
+            return Secret
         case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            return Union[_type_of(left), _type_of(right)]  # noqa: UP007
+            kind: Any = Union[_type_of(left), _type_of(right)]  # noqa: UP007
+            if Secret in get_args(kind) and kind != Secret | None:
+                raise ValueError("beside a secret only None, so that no value passes as text")
+            return kind
         case ast.Subscript(value=ast.Name(id=name) | ast.Attribute(attr=name), slice=inner):
             if name == "Optional":
                 return Union[_type_of(inner), None]  # noqa: UP007
@@ -68,6 +76,7 @@ def describe(kind: Any) -> str:
     """Return in words what a type takes."""
     words = {int: "a whole number", float: "a number", str: "text", bool: "yes or no", Path: "a path"}
     words |= {date: "a date such as 2024-12-31", type(None): "nothing"}
+    words |= {Secret: "the name of an environment variable (capitals, digits and `_`), never a value"}
     if kind in words:
         return words[kind]
     if get_origin(kind) is Literal:
@@ -80,6 +89,7 @@ def describe(kind: Any) -> str:
 YES_NO = {"yes": True, "true": True, "on": True, "1": True, "no": False, "false": False, "off": False, "0": False}
 _INT = re.compile(r"[+-]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 
 
 def _plain_from_text(kind: Any, text: str) -> Any:
@@ -95,6 +105,8 @@ def _plain_from_text(kind: Any, text: str) -> Any:
     if kind is date and re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
         return date.fromisoformat(text).isoformat()
     if kind is Path and text:
+        return text
+    if kind is Secret and _VARIABLE.fullmatch(text):
         return text
     raise ValueError(text)
 
@@ -156,12 +168,49 @@ def from_text(kind: Any, text: str) -> Any:
     except (ValueError, KeyError) as exc:
         if isinstance(exc, SettingsError):
             raise
-        hint = did_you_mean(text, map(str, get_args(kind))) if origin is Literal else ""
-        hint = hint if "did you mean" in hint else ""
-        if re.search(r"\s[#;]", text):
-            hint = "; a comment goes on a line of its own"
+        if is_secret(kind):  # what came may be the secret itself: it is not shown, nor kept in the error's cause
+            raise SettingsError(f"takes {describe(kind)}, got {'something else' if text else 'nothing'}") from None
         got = f"`{shorten(text)}`" if text else "nothing"
-        raise SettingsError(f"takes {describe(kind)}, got {got}{hint}", got=shorten(text)) from exc
+        raise SettingsError(f"takes {describe(kind)}, got {got}{_hint(kind, text)}", got=shorten(text)) from exc
+
+# %% ../../nbs/library/values.ipynb #04a34776
+def is_secret(kind: Any) -> bool:
+    """Whether a type is ``Secret`` or ``Secret | None``."""
+    return kind is Secret or Secret in get_args(kind)
+
+# %% ../../nbs/library/values.ipynb #c6151f0c
+def _hint(kind: Any, text: str) -> str:
+    """Return why a text is not of a type, or how it is to be written; empty when that is plain."""
+    members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    if re.search(r"\s[#;]", text):
+        return "; a comment goes on a line of its own"
+    if get_origin(kind) is Literal:
+        hint = did_you_mean(text, map(str, get_args(kind)))
+        return hint if "did you mean" in hint else ""
+    return _hint_for_number(text, whole=float not in members) if {int, float} & set(members) else ""
+
+
+def _hint_for_number(text: str, *, whole: bool) -> str:
+    """Return why a text is not a number."""
+    digits = text.lstrip("+-")
+    if digits.lower() in ("nan", "inf", "infinity"):
+        return "; it must be finite"
+    if re.fullmatch(r"0[0-9]+(\.[0-9]*)?", digits):
+        return "; a number has no leading zeros (as text it keeps them: annotate it `str`)"
+    if re.fullmatch(r"[0-9]+(_[0-9]+)+", digits):
+        return f"; write it without `_`: {text.replace('_', '')}"
+    if digits.lower() in ("true", "yes", "on", "false", "no", "off"):
+        return "; yes or no is of type `bool`"
+    if re.fullmatch(r"[0-9]+,[0-9]+", digits):
+        return "; decimals follow a point"
+    if any(c.isdigit() and not c.isascii() for c in digits):
+        return "; only the digits 0 to 9 count"
+    if _FLOAT.fullmatch(text):
+        value = float(text)
+        if not math.isfinite(value):
+            return "; it is too large"
+        return f"; write {int(value)}" if value.is_integer() and abs(value) < 2**53 else "; it is not whole" if whole else ""
+    return ""
 
 # %% ../../nbs/library/values.ipynb #631d7967
 def _union_from_text(kind: Any, text: str) -> Any:
@@ -194,6 +243,8 @@ def to_text(value: Any) -> str:
 def is_of_type(kind: Any, value: Any) -> bool:
     """Whether a literal is of this type; ``True`` is no number, a whole number is a ``float``, a date is ISO text."""
     origin, args = get_origin(kind), get_args(kind)
+    if kind == Secret | None and value == "":
+        return True
     if origin in (Union, types.UnionType):
         return any(is_of_type(member, value) for member in args)
     if origin is list:
@@ -202,13 +253,13 @@ def is_of_type(kind: Any, value: Any) -> bool:
         return any(type(value) is type(option) and value == option for option in args)
     if kind is float:
         return type(value) in (int, float) and math.isfinite(value)
-    if kind is date or kind is Path:
+    if kind in (date, Path, Secret):
         return isinstance(value, str) and value == _text_or_none(kind, value)
     return type(value) is kind
 
 # %% ../../nbs/library/values.ipynb #af6005f3
 def _text_or_none(kind: Any, text: str) -> str | None:
-    """Return a date's or a path's text when it is one."""
+    """Return the text of a date, a path or a variable's name when it is one."""
     try:
         return _plain_from_text(kind, text)
     except ValueError:
@@ -216,8 +267,35 @@ def _text_or_none(kind: Any, text: str) -> str | None:
 
 # %% ../../nbs/library/values.ipynb #46b9bcae
 def as_type(kind: Any, value: Any) -> Any:
-    """Make the whole numbers of a ``float`` parameter floats, in lists and beside None too."""
+    """Make the whole numbers of a ``float`` parameter floats, in lists and beside None too; no name of a secret is None."""
+    if is_secret(kind):
+        return value or None
     if isinstance(value, list):
         return [as_type(get_args(kind)[0] if get_origin(kind) is list else kind, item) for item in value]
     members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     return float(value) if type(value) is int and float in members and int not in members else value
+
+# %% ../../nbs/library/values.ipynb #79dc15a5
+def json_schema_of(kind: Any) -> dict[str, Any]:
+    """Return the JSON schema (draft 2020-12) of a type; a secret's says ``writeOnly`` and ``x-secret``."""
+    plain: dict[Any, dict[str, Any]] = {
+        int: {"type": "integer"},
+        float: {"type": "number"},
+        str: {"type": "string"},
+        bool: {"type": "boolean"},
+        date: {"type": "string", "format": "date"},
+        Path: {"type": "string", "format": "path", "minLength": 1},
+        Secret: {"type": "string", "pattern": f"^{_VARIABLE.pattern}$", "writeOnly": True, "x-secret": True},
+        type(None): {"type": "null"},
+    }
+    if kind in plain:
+        return plain[kind]
+    if is_secret(kind):
+        return {**plain[Secret], "type": ["string", "null"]}
+    if get_origin(kind) is Literal:
+        names = {str: "string", int: "integer"}
+        types_there = sorted({names[type(option)] for option in get_args(kind)})
+        return {"enum": list(get_args(kind)), "type": types_there[0] if len(types_there) == 1 else types_there}
+    if get_origin(kind) in (list, tuple):
+        return {"type": "array", "items": json_schema_of(get_args(kind)[0])}
+    return {"anyOf": [json_schema_of(member) for member in get_args(kind)]}

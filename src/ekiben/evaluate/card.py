@@ -248,7 +248,8 @@ def _about_limits(facts: CardFacts) -> dict[str, Any]:
 
 def _about_origin(facts: CardFacts) -> dict[str, Any]:
     commit, run = facts.run.get("commit"), facts.run
-    shown = {"run": run.get("run_id"), "commit": commit, "uncommitted changes": run.get("dirty"), "seed": run.get("seed")}
+    words = {"run_id": "run", "commit": "commit", "dirty": "uncommitted changes", "seed": "seed"}
+    shown = {word: run.get(key) for key, word in words.items() if key in run or not run}
     trials = facts.training.get("trials")
     command = "ekiben run" + (f" -p tune.trials={trials}" if isinstance(trials, int) and trials else "")
     shown["to make it again"] = f"`git checkout {commit}`, then `{command}`" if commit else f"`{command}`"

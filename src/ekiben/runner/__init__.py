@@ -1,1 +1,1 @@
-"""Notebooks become jobs: graph, cache, papermill engine, accounts, MLflow."""
+"""Notebooks become jobs: graph, plan, schedule, papermill engine, accounts, MLflow."""

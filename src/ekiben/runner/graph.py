@@ -12,6 +12,7 @@ from pathlib import Path
 from ..errors import UsageError, did_you_mean
 from ..parameters import ParametersCell, read_parameters
 from ..records import Record
+from .loads import check_loads
 from ..settings import Settings
 
 # %% auto #0
@@ -61,15 +62,18 @@ def read_steps(settings: Settings) -> list[Step]:
     Raises
     ------
     UsageError
-        When there is no step, an upstream is unknown, or steps wait for each other in a circle.
+        When there is no step, two have one name, an upstream is unknown, steps wait for each other in a circle, or one
+        loads from a step that is not upstream of it.
     """
     from ekiben.export import notebooks_in
 
     folder = settings.root / settings.pipeline.notebooks
-    steps = {}
+    steps: dict[str, Step] = {}
     for notebook in notebooks_in(folder):
         if is_step(notebook):
             cell = read_parameters(notebook)
+            if cell.step in steps:
+                raise UsageError(f"{notebook.name}: step `{cell.step}` is also {steps[cell.step].path.name}; rename one of them")
             defaults = {p.name: p.default for p in cell.parameters}
             steps[cell.step] = Step(
                 name=cell.step,
@@ -84,10 +88,13 @@ def read_steps(settings: Settings) -> list[Step]:
             if name not in steps:
                 raise UsageError(f"{step.path.name}: upstream `{name}` is no step{did_you_mean(name, steps)}")
     try:
-        order = TopologicalSorter({s.name: s.upstream for s in steps.values()}).static_order()
-        return [steps[name] for name in order]
+        order = [steps[name] for name in TopologicalSorter({s.name: s.upstream for s in steps.values()}).static_order()]
     except CycleError as exc:
-        raise UsageError(f"steps wait for each other in a circle: {' → '.join(exc.args[1])}") from exc
+        circle = " → ".join(reversed(exc.args[1]))
+        raise UsageError(f"steps wait for each other in a circle: {circle}; take one of them out of an `upstream`") from exc
+    for step in order:
+        check_loads(step.path, step.name, everything_upstream(order, step.name), step.upstream, list(steps), settings.root)
+    return order
 
 # %% ../../../nbs/library/runner/graph.ipynb #e7b0b3b6
 def everything_upstream(steps: list[Step], name: str) -> list[str]:

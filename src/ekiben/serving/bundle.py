@@ -19,6 +19,8 @@ from ..errors import IntegrityError
 from ..records import Policy, Record, Schema, Task
 from .code import load_code, third_party
 from .integrity import open_folder, seal_folder
+from .signing import Seal, open_signed
+from .trust import Trust
 
 # %% auto #0
 __all__ = ['Lineage', 'Limits', 'Example', 'BundleInfo', 'Bundle', 'write_bundle', 'load_bundle', 'stamp_bundle']
@@ -109,6 +111,8 @@ class Bundle:
         Contents by relative path, as `open_folder` gives them.
     folder : Path, optional
         Where they came from.
+    seal : Seal, optional
+        Who signed them, where that was asked for.
 
     Attributes
     ----------
@@ -118,9 +122,10 @@ class Bundle:
     examples : tuple of Example
     """
 
-    def __init__(self, files: Mapping[str, bytes], folder: Path | None = None) -> None:
+    def __init__(self, files: Mapping[str, bytes], folder: Path | None = None, seal: Seal | None = None) -> None:
         self.files = dict(files)
         self.folder = folder
+        self.seal = seal
         for name in ("bundle.json", "schema.json", "preprocessor.json", "examples.json", "code/pipeline/prepare.py"):
             if name not in self.files:
                 raise IntegrityError(f"a bundle without `{name}` cannot be served", file=name, problem="missing")
@@ -222,15 +227,24 @@ def _pretty(value: Any) -> bytes:
     return msgspec.json.format(msgspec.json.encode(value), indent=2)
 
 # %% ../../../nbs/library/serving/bundle.ipynb #d93d3d11
-def load_bundle(folder: Path) -> Bundle:
+def load_bundle(folder: Path, trust: Trust | None = None) -> Bundle:
     """Open a bundle after checking every file of it.
+
+    Parameters
+    ----------
+    folder : Path
+    trust : Trust, optional
+        Whose signature it must bear, as a service asks; None: only that its files are what its manifest says.
 
     Raises
     ------
     IntegrityError
-        When a file was changed, added or is missing, or is not what a bundle holds.
+        When a file was changed, added or is missing, or is not what a bundle holds, or the signature does not hold.
     """
-    return Bundle(open_folder(Path(folder)), Path(folder))
+    if trust is None:
+        return Bundle(open_folder(Path(folder)), Path(folder))
+    files, seal = open_signed(Path(folder), trust, kind="bundle")
+    return Bundle(files, Path(folder), seal)
 
 # %% ../../../nbs/library/serving/bundle.ipynb #c6476681
 def stamp_bundle(folder: Path, out: Path, **lineage: str) -> Bundle:

@@ -22,10 +22,13 @@ from pathlib import Path
 from ..errors import IntegrityError, ServiceError, UsageError
 from ..records import Record
 from .bundle import Bundle, load_bundle
+from .keeping import JournalOptions
+from .signing import Seal, verify_folder
+from .trust import Trust, trusted_keys
 
 # %% auto #0
-__all__ = ['Served', 'bento_folder', 'find_served', 'check_host', 'check_port', 'example_request', 'serve', 'start_bento',
-           'wait_ready', 'stop_process']
+__all__ = ['Served', 'bento_folder', 'trust_of', 'find_served', 'check_host', 'check_port', 'example_request', 'serve',
+           'start_bento', 'wait_ready', 'stop_process']
 
 # %% ../../../nbs/library/serving/run.ipynb #2e2e9835
 class Served(Record, frozen=True):
@@ -58,9 +61,23 @@ def bento_folder(tag: str) -> Path:
     home = Path(os.environ.get("BENTOML_HOME") or Path.home() / "bentoml")
     return home / "bentos" / name / version
 
+# %% ../../../nbs/library/serving/run.ipynb #8297569a
+def trust_of(root: Path) -> Trust:
+    """Return who is trusted in a project: on this machine, and by ``[serve] trusted_keys``."""
+    from ekiben.settings import load_settings
+
+    section = load_settings(root).serve if (Path(root) / "settings.ini").is_file() else None
+    return trusted_keys(getattr(section, "trusted_keys", ()), Path(root))
+
 # %% ../../../nbs/library/serving/run.ipynb #c2b3e505
-def find_served(root: Path) -> tuple[Served, Bundle]:
-    """Return what a project serves, and its bundle, checked.
+def find_served(root: Path, trust: Trust | None = None) -> tuple[Served, Bundle]:
+    """Return what a project serves, and its bundle; every file of the Bento was checked before.
+
+    Parameters
+    ----------
+    root : Path
+    trust : Trust, optional
+        Whose signature counts; default: `trust_of` the project.
 
     Raises
     ------
@@ -69,7 +86,7 @@ def find_served(root: Path) -> tuple[Served, Bundle]:
     ServiceError
         When the Bento is no longer in the store.
     IntegrityError
-        When a file of it was changed.
+        When it is not what somebody trusted signed; names the file.
     """
     path = Served.path(root)
     if not path.is_file():
@@ -81,7 +98,9 @@ def find_served(root: Path) -> tuple[Served, Bundle]:
             f"the Bento {served.bento} is not in BentoML's store; `ekiben run` builds it again "
             "(BENTOML_HOME must be what it was then)"
         )
-    bundle = load_bundle(folder)
+    trust = trust or trust_of(root)
+    verify_folder(bento_folder(served.bento), trust, kind="bento", name=served.bento)
+    bundle = load_bundle(folder, trust)
     if bundle.digest != served.digest:
         raise IntegrityError(f"the Bento {served.bento} holds another bundle than the champion; run `ekiben run`")
     return served, bundle
@@ -184,11 +203,15 @@ def serve(
 
     section = load_settings(root).serve
     host = check_host(host or section.host)
-    served, bundle = find_served(root)
+    trust = trust_of(root)
+    served, bundle = find_served(root, trust)
     port = check_port(host, port or section.port)
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    say(f"starting {served.bento}: {served.name} version {served.version}, {bundle.info.runtime}")
-    process = start_bento(served.bento, host, port, journal=Path(root) / ".ekiben" / "journal")
+    say(f"starting {served.bento}: {served.name} version {served.version}, {bundle.info.runtime}; {_signed_by(bundle.seal)}")
+    journal = Path(root) / ".ekiben" / "journal" if section.journal else None
+    process = start_bento(
+        served.bento, host, port, journal=journal, options=JournalOptions.from_settings(section), trust=trust
+    )
     stopped = _Stopped()
     try:
         wait_ready(url, process, patience_s)
@@ -200,6 +223,10 @@ def serve(
     finally:
         stop_process(process)
     raise ServiceError(f"the service ended by itself with code {code}; its last lines above say why")
+
+# %% ../../../nbs/library/serving/run.ipynb #3beda14b
+def _signed_by(seal: Seal | None) -> str:
+    return f"verified, signed {seal.signed} with the key {seal.key}" if seal else "not verified"
 
 # %% ../../../nbs/library/serving/run.ipynb #a467d2a0
 class _Stopped:
@@ -218,13 +245,20 @@ class _Stopped:
             pass
 
 # %% ../../../nbs/library/serving/run.ipynb #fd831d5b
-def start_bento(tag: str, host: str, port: int, *, journal: Path | None = None) -> subprocess.Popen[bytes]:
-    """Start ``bentoml serve`` on a Bento, in a process group of its own."""
+def start_bento(
+    tag: str, host: str, port: int, *, journal: Path | None = None, options: JournalOptions | None = None,
+    trust: Trust | None = None,
+) -> subprocess.Popen[bytes]:
+    """Start ``bentoml serve`` on a Bento, in a process group of its own, which trusts the same signers."""
     folder = bento_folder(tag)
-    environment = {**os.environ, "BENTOML_DO_NOT_TRACK": "True"}
-    environment.pop("EKIBEN_BUNDLE", None)
+    environment = {**os.environ, "BENTOML_DO_NOT_TRACK": "True", "PYTHONDONTWRITEBYTECODE": "1"}
+    if trust is not None:
+        environment["EKIBEN_TRUSTED_KEYS"] = trust.to_variable()
+    for name in ("EKIBEN_BUNDLE", "EKIBEN_JOURNAL"):
+        environment.pop(name, None)
     if journal is not None:
         environment["EKIBEN_JOURNAL"] = str(Path(journal).resolve())
+        environment |= options.to_env() if options else {}
     command = [sys.executable, "-m", "bentoml", "serve", str(folder), "--host", host, "--port", str(port)]
     return subprocess.Popen(command, env=environment, start_new_session=True)
 

@@ -33,20 +33,21 @@ class TrialResult(Record, frozen=True):
         lagged behind on the folds they share.
     state : {"complete", "pruned"}
         ``pruned``: too far behind the best trial so far on its first folds, and given up.
-    seconds : float
     params : dict
         What the search space chose.
     folds : tuple of float
         The score of each fold that was trained.
+    seconds : float
+        0 where only the outcome was kept.
     """
 
     number: int
     estimator: str
     value: float
     state: Literal["complete", "pruned"]
-    seconds: float
     params: dict[str, Any]
     folds: tuple[float, ...]
+    seconds: float = 0.0
 
 # %% ../../../nbs/library/tune/race.ipynb #6c36ca26
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 
 from ..errors import DataError, SettingsError
@@ -50,7 +51,7 @@ class SearchResult(Record, frozen=True):
     key : str
         Name of the study: a hash of the data, the folds, the search space, the metric and the seed.
     seconds : float
-        Time the trials took, over all the processes that worked on the study.
+        Time the trials took, over all the processes that worked on the study; 0 in the `outcome`.
     resumed : int
         How many of the trials were there already when this process began.
     """
@@ -67,14 +68,20 @@ class SearchResult(Record, frozen=True):
     trials: tuple[TrialResult, ...]
     seed: int
     key: str
-    seconds: float
-    resumed: int
+    seconds: float = 0.0
+    resumed: int = 0
+
+    @property
+    def outcome(self) -> SearchResult:
+        """The search without what the clock said of it: the same trials have the same outcome, byte for byte."""
+        trials = tuple(msgspec.structs.replace(trial, seconds=0.0) for trial in self.trials)
+        return msgspec.structs.replace(self, trials=trials, seconds=0.0, resumed=0)
 
     def _repr_markdown_(self) -> str:
         done = sum(t.state == "complete" for t in self.trials)
         return (
             f"**{self.estimator}** wins: cross-validated {self.metric} **{self.value:.4f}**, "
-            f"linear baseline {self.baseline_value:.4f}. {len(self.trials)} trials in {self.seconds:.0f} s: "
+            f"linear baseline {self.baseline_value:.4f}. {len(self.trials)} trials{f' in {self.seconds:.0f} s' if self.seconds else ''}: "
             f"{done} complete, {len(self.trials) - done} given up early"
             + (f", {self.resumed} taken over from an earlier run." if self.resumed else ".")
         )

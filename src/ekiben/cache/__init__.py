@@ -1,0 +1,1 @@
+"""What a step's result depends on, where it is kept, and when it still stands."""

@@ -1,0 +1,1 @@
+"""Looking back at runs: find, show, compare, explain, repeat, debug."""

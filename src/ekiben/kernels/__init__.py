@@ -1,0 +1,1 @@
+"""Kernels that start warm: a process that has the libraries is forked."""
