@@ -124,6 +124,15 @@ class ServeSection(Section):
     retention_days: int = Field(365, ge=0, description="days that the journal is kept (0: for ever)")
     encryption: bool = Field(False, description="encrypt the sealed part of the journal")
     trusted_keys: tuple[str, ...] = Field((), description="public keys, or files of them, whose signed Bentos are served too")
+    keys: str = Field("", description="file with the API keys (default: .ekiben/keys.json)")
+    rate_limit: float = Field(0, ge=0, description="requests a second for each key (0: any number)")
+    tls_certificate: str = Field("", description="PEM file of the certificate; with tls_key, the service speaks HTTPS")
+    tls_key: str = Field("", description="PEM file of its private key")
+    max_concurrency: int = Field(256, ge=1, description="requests worked on at once; more are answered with 503")
+    drain_s: float = Field(5, ge=0, description="seconds that requests are still taken after the service is told to stop")
+    cache_entries: int = Field(0, ge=0, description="answers remembered for rows that come again (0: none)")
+    log_requests: bool = Field(False, description="log every request as a JSON line")
+    otlp_endpoint: str = Field("", description="address of an OpenTelemetry collector (OTLP over HTTP)")
 
 # %% ../../nbs/library/sections.ipynb #e5b38fae
 class MonitorSection(Section):
