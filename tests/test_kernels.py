@@ -369,20 +369,6 @@ def test_a_killed_client_leaves_no_kernel_no_child_and_no_socket(place: Path) ->
     assert is_running(zygote)
 
 
-def test_a_holder_that_vanishes_has_its_command_run_and_one_that_says_goodbye_has_not(place: Path) -> None:
-    code = "import sys, time, os\nfrom pathlib import Path\nfrom ekiben.kernels import warm\n" \
-        "lease = warm.hold(Path(sys.argv[1]), idle_s=60, on_drop=['touch', sys.argv[2]])\n{}"
-    for rest, dropped in (("lease.close()", False), ("os.kill(os.getpid(), 9)", True)):
-        mark = place / f"dropped-{dropped}"
-        subprocess.run([sys.executable, "-c", code.format(rest), str(place), str(mark)], check=False)
-        if dropped:
-            assert eventually(mark.exists)
-        else:
-            assert eventually(lambda: bool(zygotes(place)))
-            time.sleep(0.5)
-            assert not mark.exists()
-
-
 def test_a_held_zygote_outlives_its_idle_time(place: Path) -> None:
     with warm.hold(place, idle_s=0):
         assert eventually(lambda: bool(zygotes(place)))

@@ -20,7 +20,6 @@ from spelled import ENCODINGS
 from ekiben.errors import UsageError
 from ekiben.redaction import (
     Hidden,
-    Live,
     Redactor,
     check_secrets,
     missing_secrets,
@@ -111,22 +110,6 @@ def test_a_secret_that_goes_on_in_the_next_text_is_found(secret: str, cut: int, 
     redacted = Redactor([secret]).lines(texts)
     assert len(redacted) == len(texts)
     assert "".join(redacted) == "<***>"
-
-
-@patient
-@given(secret=secrets, sizes=st.lists(st.integers(1, 9), max_size=30), text=around)
-def test_what_is_shown_live_is_what_is_kept(secret: str, sizes: list[int], text: str) -> None:
-    secret = secret.strip()
-    assume("\n" not in secret)
-    redactor = Redactor([secret])
-    whole, live, shown = f"{text}{secret}\n{text}{secret}", Live(redactor), []
-    rest = whole
-    for size in sizes:
-        shown.append(live.feed(rest[:size]))
-        rest = rest[size:]
-        assert not redactor.holds("".join(shown)) or redactor.holds(text)
-    shown += [live.feed(rest), live.close()]
-    assert "".join(shown) == "\n".join(map(redactor.text, whole.split("\n")))
 
 
 def test_two_secrets_of_which_one_holds_the_other_both_go() -> None:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ekiben.sections import Settings
 
 # %% auto #0
-__all__ = ['STARS', 'SHORTEST', 'SHORTEST_LINE', 'Secret', 'Hidden', 'passwords_of', 'Redactor', 'Live', 'redactor_of',
-           'missing_secrets', 'check_secrets']
+__all__ = ['STARS', 'SHORTEST', 'SHORTEST_LINE', 'Secret', 'Hidden', 'passwords_of', 'Redactor', 'redactor_of', 'missing_secrets',
+           'check_secrets']
 
 # %% ../../nbs/library/redaction.ipynb #fed8586c
 STARS = "***"
@@ -190,31 +190,6 @@ class Redactor:
             for output, text in zip(outputs, self.lines([output["text"] for output in outputs]), strict=True):
                 output["text"] = text
         return items
-
-# %% ../../nbs/library/redaction.ipynb #d868eaf0
-class Live:
-    """A stream that is shown while it grows, line by line.
-
-    Parameters
-    ----------
-    redactor : Redactor
-    """
-
-    def __init__(self, redactor: Redactor) -> None:
-        self.redactor = redactor
-        self._held = ""
-
-    def feed(self, text: str) -> str:
-        """Take what came and return what may be shown."""
-        if not self.redactor:
-            return text
-        whole, newline, self._held = (self._held + text).rpartition("\n")
-        return self.redactor.text(whole) + newline
-
-    def close(self) -> str:
-        """Return what was held back."""
-        rest, self._held = self.redactor.text(self._held), ""
-        return rest
 
 # %% ../../nbs/library/redaction.ipynb #e97bbe48
 def redactor_of(settings: Settings, env: Mapping[str, str] | None = None) -> Redactor:

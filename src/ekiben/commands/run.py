@@ -16,9 +16,16 @@ from .shared import Folder, app, group, put, root_of
 from ..errors import UsageError
 
 # %% auto #0
-__all__ = ['run', 'resume', 'why', 'debug', 'cache', 'clear_cache', 'kernels', 'stop_kernels']
+__all__ = ['Keep', 'AsJson', 'Quiet', 'run', 'resume', 'why', 'debug', 'cache', 'clear_cache', 'kernels', 'stop_kernels']
 
 # %% ../../../nbs/library/commands/run.ipynb #96537c52
+Keep = Annotated[
+    bool | None, typer.Option("--keep/--no-keep", help="Keep a failed step's kernel for `ekiben debug`; default: on a terminal.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print run.json on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+
+
 @app.command()
 def run(
     project: Folder = None,
@@ -31,11 +38,9 @@ def run(
     parameter: Annotated[list[str], typer.Option("-p", help="A setting for this run: -p tune.budget_s=10.")] = [],  # noqa: B006
     waive: Annotated[list[str], typer.Option(help="Let this gate pass although it fails; needs --reason.")] = [],  # noqa: B006
     reason: Annotated[str, typer.Option(help="Why a gate is waived; recorded.")] = "",
-    keep: Annotated[
-        bool | None, typer.Option("--keep/--no-keep", help="Keep a failed step's kernel for `ekiben debug`; default: on a terminal.")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print run.json on standard output.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    keep: Keep = None,
+    json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Execute the notebooks with papermill, skipping what did not change.
 
@@ -90,11 +95,9 @@ def resume(
     run: Annotated[str, typer.Argument(help="A run, as `ekiben runs` lists it; a unique beginning is enough.")] = "last",
     project: Folder = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Steps side by side; default: as that run.")] = 0,
-    keep: Annotated[
-        bool | None, typer.Option("--keep/--no-keep", help="Keep a failed step's kernel for `ekiben debug`; default: on a terminal.")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print run.json on standard output.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    keep: Keep = None,
+    json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Carry on a run that was stopped, with the same options; what finished does not run again.
 

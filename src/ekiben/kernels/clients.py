@@ -26,8 +26,8 @@ class Client:
     ----------
     pid : int
         The kernel's; 0 when this is no kernel's connection.
-    on_drop : list of str or None
-        Of a lease: the command to run when it breaks; None when this is no lease.
+    is_lease : bool
+        Whether it keeps the zygote for a run.
     kept : bool
         Whether the kernel outlives the connection.
     """
@@ -39,7 +39,7 @@ class Client:
         self.inbox = Inbox(connection)
         self.pid = 0
         self.folder: KernelFolder | None = None
-        self.on_drop: list[str] | None = None
+        self.is_lease = False
         self.kept = False
         self.last_used = time.monotonic()
 

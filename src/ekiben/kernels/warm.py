@@ -238,8 +238,8 @@ _leases: list[Lease] = []
 class Lease:
     """Keeps a zygote for a run; see `hold`."""
 
-    def __init__(self, root: Path | None, idle_s: float, preload: Sequence[str], on_drop: Sequence[str]) -> None:
-        self.root, self.idle_s, self.preload, self.on_drop = root, idle_s, list(preload), list(on_drop)
+    def __init__(self, root: Path | None, idle_s: float, preload: Sequence[str]) -> None:
+        self.root, self.idle_s, self.preload = root, idle_s, list(preload)
         self.place = root or Path.cwd()
         self.connection: socket.socket | None = None
         self._inbox: Inbox | None = None
@@ -250,7 +250,7 @@ class Lease:
     def _open(self) -> None:
         with contextlib.suppress(NotWarm, OSError):
             self.connection = connect(zygote_folder(self.root, self.place), self.root, self.place, self.idle_s, os.environ)
-            send(self.connection, {"op": "hold", "idle_s": self.idle_s, "preload": self.preload, "on_drop": self.on_drop})
+            send(self.connection, {"op": "hold", "idle_s": self.idle_s, "preload": self.preload})
             self.connection.setblocking(False)
             self._inbox = Inbox(self.connection)
 
@@ -264,7 +264,7 @@ class Lease:
             _say_goodbye(before)
 
     def close(self) -> None:
-        """Say goodbye: the zygote waits its idle time for the next run, and `on_drop` is not run."""
+        """Say goodbye: the zygote waits its idle time for the next run."""
         with self._lock:
             if self in _leases:
                 _leases.remove(self)
@@ -286,7 +286,7 @@ def _say_goodbye(connection: socket.socket | None) -> None:
         connection.close()
 
 # %% ../../../nbs/library/kernels/warm.ipynb #440f73b3
-def hold(root: Path | None, *, idle_s: float, preload: Sequence[str] = (), on_drop: Sequence[str] = ()) -> Lease:
+def hold(root: Path | None, *, idle_s: float, preload: Sequence[str] = ()) -> Lease:
     """Start the zygote in the background, or keep the one that is there, for as long as a run lasts; return at once.
 
     Parameters
@@ -297,10 +297,8 @@ def hold(root: Path | None, *, idle_s: float, preload: Sequence[str] = (), on_dr
         How long [s] it waits for the next run after this one.
     preload : sequence of str
         Modules to import beside those that the project's notebooks import.
-    on_drop : sequence of str
-        A command that the zygote runs when this process ends without goodbye, after it has killed its kernels.
     """
-    return Lease(root.resolve() if root else None, idle_s, preload, on_drop)
+    return Lease(root.resolve() if root else None, idle_s, preload)
 
 # %% ../../../nbs/library/kernels/warm.ipynb #1d498811
 def running() -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ import os
 import selectors
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterable
@@ -135,10 +134,10 @@ class Zygote:
         asked = message.get("op")
         self.idle_s = float(message.get("idle_s", self.idle_s))
         if asked == "hold":
-            client.on_drop = list(message["on_drop"])
+            client.is_lease = True
             self.waiting += message["preload"]
         elif asked == "bye":
-            client.on_drop = None
+            client.is_lease = False
         elif asked == "leave":
             client.kept = self.idle_s > 0
             client.last_used = time.monotonic()
@@ -233,10 +232,8 @@ class Zygote:
     def _lose(self, client: Client) -> None:
         self.selector.unregister(client.connection)
         client.connection.close()
-        if client.on_drop is not None:  # a lease that broke: its holder is dead, and cannot have made a folder since
+        if client.is_lease:  # it broke: its holder is dead, and cannot have made a folder since
             sweep(older_than_s=0.05)
-        if client.on_drop:
-            self._clean_up_after(client.on_drop)
         if client.pid and client.kept:
             return
         if client.pid:
@@ -246,12 +243,6 @@ class Zygote:
             client.folder.remove()
         self.clients.remove(client)
         self.last_used = time.monotonic()
-
-    def _clean_up_after(self, command: list[str]) -> None:
-        try:
-            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-        except OSError:
-            pass
 
     def _bury(self) -> None:
         for client in [c for c in self.clients if c.pid]:
@@ -270,7 +261,7 @@ class Zygote:
 
     def _reap_others(self) -> None:
         kernels = {c.pid for c in self.clients}
-        try:  # the commands of leases, and what imports may have started
+        try:  # what imports may have started
             while (found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and found.si_pid not in kernels:
                 os.waitpid(found.si_pid, 0)
         except ChildProcessError:
@@ -283,7 +274,7 @@ class Zygote:
         self.retired, self.waiting = True, []
         self.selector.unregister(self.listener)
         for client in self.clients:
-            if client.on_drop is not None:
+            if client.is_lease:
                 client.tell(retired=True)
         self._give_way()
 
