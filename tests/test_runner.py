@@ -17,7 +17,7 @@ from ekiben.runner.plan import Plan, read_waivers
 from ekiben.runner.screen import Screen
 from ekiben.runs import Layout, Run
 from ekiben.settings import load_settings
-from ekiben.step import StepContext
+from ekiben.context import StepContext
 
 
 def run(root: Path, **plan: object) -> Run:

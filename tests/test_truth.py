@@ -32,7 +32,7 @@ from ekiben.runner.notebooks import execute
 from ekiben.runner.screen import Patient, Screen
 from ekiben.runner.settle import settle
 from ekiben.runs import Layout, Run, StepRun, read_runs, write_run
-from ekiben.step import StepContext
+from ekiben.context import StepContext
 
 PATIENCE_S = 120
 EKIBEN = [sys.executable, "-c", "import sys; from ekiben.cli import main; sys.exit(main(sys.argv[1:]))"]

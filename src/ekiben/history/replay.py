@@ -20,7 +20,7 @@ from ..records import Record
 from ..runner.graph import everything_upstream, read_steps
 from ..runs import Layout, Run, StepResult
 from ..settings import load_settings
-from ..step import StepContext
+from ..context import StepContext
 
 # %% auto #0
 __all__ = ['upstream_of', 'context_of', 'scratch_run', 'cells_before', 'Replay', 'replay']

@@ -17,7 +17,7 @@ from .graph import Step
 from .screen import Screen
 from ..runs import Layout, StepResult, StepRun
 from ..settings import Settings
-from ..step import StepContext
+from ..context import StepContext
 
 # %% auto #0
 __all__ = ['Job', 'Outcome', 'execute_step']

@@ -28,7 +28,7 @@ from .settle import settle
 from ..cache.snapshot import take
 from ..runs import Layout, Run, StepResult, StepRun, new_run_id, read_runs
 from ..settings import load_settings
-from ..step import StepContext
+from ..context import StepContext
 from ..store import Store
 
 if TYPE_CHECKING:

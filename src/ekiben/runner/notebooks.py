@@ -21,7 +21,7 @@ from ..files import write_whole
 from .engine import EkibenEngine, Listener
 from .leftovers import remove_abandoned
 from ..runs import Layout
-from ..step import StepContext
+from ..context import StepContext
 
 # %% auto #0
 __all__ = ['kernel_environment', 'execute', 'busy_seconds']
