@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -67,12 +68,19 @@ def test_a_project_has_everything_that_it_needs(place: Path) -> None:
     assert made.package == "loan_risk"
     assert files >= {
         "README.md", "pyproject.toml", "settings.ini", ".gitignore", ".gitattributes", ".github/workflows/pipeline.yml",
-        "bentos/scorer/service.py", "nbs/pipeline/00_schema.ipynb", "src/loan_risk/__init__.py",
+        ".gitlab-ci.yml", "bentos/scorer/service.py", "nbs/pipeline/00_schema.ipynb", "src/loan_risk/__init__.py",
         "src/loan_risk/pipeline/__init__.py", "src/loan_risk/pipeline/schema.py",
         "tests/test_features.py", "tests/test_notebooks.py", "tests/test_settings.py",
     }  # fmt: skip
     assert {p.name for p in (ROOT / "nbs" / "pipeline").glob("[0-9]*.ipynb")} == {p.name for p in made.folder.glob("nbs/pipeline/*")}
     assert sorted(os.listdir(place)) == ["loan-risk", "loans.csv"]
+
+
+def test_gitlab_keeps_the_report_that_a_run_writes_there(place: Path) -> None:
+    made = new_project("loan-risk", data="loans.csv", target="repaid")
+    job = msgspec.yaml.decode((made.folder / ".gitlab-ci.yml").read_bytes())["pipeline"]
+    assert "ekiben run" in job["script"] and job["artifacts"]["when"] == "always"
+    assert job["artifacts"]["reports"]["codequality"] == "reports/gl-code-quality-report.json"
 
 
 def test_nothing_in_a_project_speaks_of_the_template(place: Path) -> None:
