@@ -24,7 +24,7 @@ from .preload import pipeline_setting
 from .wire import Inbox, runtime_folder, send, zygote_folder
 
 # %% auto #0
-__all__ = ['NotWarm', 'options', 'project_of', 'connect', 'fork', 'start_module', 'Lease', 'hold', 'running', 'stop']
+__all__ = ['NotWarm', 'options', 'project_of', 'connect', 'bury', 'fork', 'start_module', 'Lease', 'hold', 'running', 'stop']
 
 # %% ../../../nbs/library/kernels/warm.ipynb #abcb6a92
 class NotWarm(Exception):
@@ -127,6 +127,19 @@ def _is_still(path: Path, handle: int) -> bool:
         return os.fstat(handle).st_ino == os.stat(path).st_ino
     except FileNotFoundError:
         return False
+
+
+def bury(folder: Path) -> None:
+    """Remove the folder of a zygote that was killed; that of a living one stays."""
+    if not folder.exists():
+        return
+    with contextlib.suppress(OSError), _locked(folder, fcntl.LOCK_EX):
+        try:
+            _connect(folder).close()
+        except (FileNotFoundError, ConnectionRefusedError):
+            for name in ("s", "log", "lock"):
+                (folder / name).unlink(missing_ok=True)
+            folder.rmdir()
 
 # %% ../../../nbs/library/kernels/warm.ipynb #5576969c
 def fork(
@@ -264,10 +277,14 @@ class Lease:
             _say_goodbye(before)
 
     def close(self) -> None:
-        """Say goodbye: the zygote waits its idle time for the next run."""
+        """Say goodbye: the zygote waits its idle time for the next run. One that was killed is cleaned up after."""
         with self._lock:
             if self in _leases:
                 _leases.remove(self)
+            if self._inbox is not None:
+                self._inbox.read()
+                if self._inbox.closed:
+                    bury(zygote_folder(self.root, self.place))
             _say_goodbye(self.connection)
             self.connection = None
 
@@ -343,6 +360,8 @@ def stop(root: Path | None = None, *, timeout_s: float = 30.0) -> int:
     ended = 0
     for folder in folders:
         answer = _ask(folder, {"op": "stop"}, timeout_s)
+        if answer is None:
+            bury(folder)
         ended += int((answer or {}).get("ended", 0))
         limit = time.monotonic() + timeout_s
         while answer is not None and (folder.exists() or _is_running(answer.get("pid"))) and time.monotonic() < limit:

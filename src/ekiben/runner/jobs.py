@@ -164,9 +164,9 @@ class Runner:
         """Write down how a step ended; return whether the run goes on."""
         self.handles.pop(step.name, None)
         result, entry = outcome.result, outcome.entry
-        if result is not None and entry.status != "cached":
+        if result is not None:
             try:
-                result = self._written(step, entry, result)
+                result = self._remembered(step, result) if entry.status == "cached" else self._written(step, entry, result)
             except OSError as exc:  # a full disk: it has not ended well if nobody can build on it
                 error = StepError(f"{step.name}: its result could not be written: {exc.strerror}: {exc.filename}")
                 entry = msgspec.structs.replace(entry, status="failed", error=str(error))
@@ -197,8 +197,13 @@ class Runner:
         key = confirm(self.keys[step.name], self._key(step))
         result = msgspec.structs.replace(result, status=status, key=key, seconds=entry.seconds)
         write_whole(self.layout.result(self.run.run_id, step.name), result.to_json())
-        if status == "done":
-            write_whole(self.layout.last(step.name), result.to_json())
+        return self._remembered(step, result) if status == "done" else result
+
+    def _remembered(self, step: Step, result: StepResult) -> StepResult:
+        """See to it that the results that notebooks load by hand are those of this run, and whole."""
+        path, raw = self.layout.last(step.name), result.to_json()
+        if not path.is_file() or path.read_bytes() != raw:
+            write_whole(path, raw)
         return result
 
     def _standing(self, step: Step, cached: StepResult) -> Outcome:
