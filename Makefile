@@ -9,7 +9,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export BENTOML_DO_NOT_TRACK := True
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test slow faults check sync lab bench clean
+.PHONY: help install run test slow faults image check sync lab bench clean
 
 help:  ## list the actions
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -29,13 +29,16 @@ run: $(STAMP)  ## run this repository's own pipeline on the embedded data
 
 test: $(STAMP)  ## run the library notebooks' own cells, then pytest
 	nbdev-test nbs/library --n-workers 2
-	python -m pytest -q -m "not slow and not faults"
+	python -m pytest -q -m "not slow and not faults and not image"
 
 slow: $(STAMP)  ## run the slow tests: whole projects on real tables
 	python -m pytest -q -m slow
 
 faults: $(STAMP)  ## run the fault suite: kernels, runners and disks that fail, half an hour and more
 	python -m pytest -q -m faults
+
+image: $(STAMP)  ## build and run container images: needs root, buildah and debootstrap
+	python -m pytest -q -m image
 
 check: $(STAMP)  ## fail when notebooks and src differ, then lint, types, layers
 	python tests/check_sync.py

@@ -465,7 +465,7 @@ uvicorn.run(ServiceApp(state=state), host="127.0.0.1", port=int(port), log_level
 
 async def load(port: int, body: bytes, stop: asyncio.Event, answered: dict[str, float]) -> None:
     """Ask without pause over one connection; note when each answer was here."""
-    head = b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
+    head = b"POST /predict HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         while not stop.is_set():
@@ -814,3 +814,19 @@ def test_a_place_that_cannot_be_written_is_told_by_the_setting_that_names_it(tmp
     monkeypatch.setenv("EKIBEN_PRIVATE_KEY", str(tmp_path / "file" / "private.key"))
     with pytest.raises(ServiceError, match="EKIBEN_PRIVATE_KEY"):
         keep(tmp_path / "journal", [make_row()])
+
+
+def test_ids_never_repeat_across_threads_and_forks() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(8) as pool:
+        found = [id_ for ids in pool.map(lambda n: new_ids(n % 700 + 1), range(400)) for id_ in ids]
+    reading, writing = os.pipe()
+    if (pid := os.fork()) == 0:
+        os.write(writing, " ".join(new_ids(20)).encode())
+        os._exit(0)
+    os.waitpid(pid, 0)
+    found += [*new_ids(20), *os.read(reading, 10_000).decode().split()]
+    os.close(reading)
+    os.close(writing)
+    assert len({id_.partition("-7")[2] for id_ in found}) == len(found)

@@ -467,7 +467,7 @@ def test_all_of_a_bento_is_signed_with_model_code_schema_card_and_report(built):
 def test_the_private_half_and_the_way_to_it_are_nowhere_in_the_bento(built):
     fact, _, _, top = built
     private = signing_key(say=str).private.private_bytes_raw()
-    words = [private, base64.b64encode(private), private.hex().encode(), b"PRIVATE KEY", str(top / "config").encode()]
+    words = [private, base64.b64encode(private), private.hex().encode(), b"BEGIN PRIVATE KEY", str(top / "config").encode()]
     for name in files_of(Path(fact.folder)):
         raw = (Path(fact.folder) / name).read_bytes()
         assert not any(word in raw for word in words), name

@@ -1,7 +1,8 @@
 """The Bento's service: a thin shell around `ekiben.serving`, which travels beside this file.
 
-`ServiceApp` answers the hot path (`/predict`, `/explain`, `/feedback`) and the probes before BentoML's own routing sees
-them; everything else (the page at `/`, `/docs.json`) is BentoML's.
+`ServiceApp` stands before everything of BentoML's: it asks for keys, answers its own addresses (`/predict`, `/explain`,
+`/feedback`, the page at `/`, the probes, the metrics), and lets administrators through to the rest (`/docs.json`). What
+an operator sets are the variables `EKIBEN_SERVE__*`.
 """
 
 import os
@@ -14,21 +15,31 @@ SEAL = admit(HERE)  # every file of the Bento, before any of the rest is importe
 
 import bentoml  # noqa: E402
 
-from ekiben.serving.app import ServiceApp, State  # noqa: E402
+from ekiben.errors import EkibenError  # noqa: E402
+from ekiben.serving.app import ServiceApp  # noqa: E402
+from ekiben.serving.logs import take_over  # noqa: E402
+from ekiben.serving.options import ServiceOptions  # noqa: E402
+from ekiben.serving.state import State  # noqa: E402
 from ekiben.serving.trust import trusted_keys  # noqa: E402
 
+take_over()  # from here on, BentoML has set up its own logs
 STATE = State()
+try:
+    OPTIONS = ServiceOptions.from_env(os.environ)
+except EkibenError as exc:
+    raise SystemExit(f"error: not served: {exc}") from None
 
 
 @bentoml.service(
     name="scorer",
     workers=1,
     threads=2,
-    # BentoML keeps a timer for every request until this many seconds have passed, answered or not: keep it short.
+    # For its own pages; requests for ours never meet BentoML's middleware (see ekiben.serving.lifecycle).
     traffic={"timeout": 10},
-    # Its tracing middleware costs more than a prediction.
-    tracing={"excluded_urls": "predict,explain,feedback,livez,readyz,metrics"},
     logging={"access": {"enabled": False}},
+    ssl={"enabled": True, "certfile": OPTIONS.tls_certificate, "keyfile": OPTIONS.tls_key}
+    if OPTIONS.tls_certificate
+    else {"enabled": False},
     endpoints={"livez": "/livez", "readyz": "/readyz"},
 )
 class Scorer:
@@ -43,6 +54,7 @@ class Scorer:
             Path(os.environ.get("EKIBEN_BUNDLE") or HERE / "bundle"),
             journal=Path(journal) if journal else None,
             bento=tag,
+            service=OPTIONS,
         )
 
     def __is_ready__(self) -> bool:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 # %% auto #0
-__all__ = ['kind_of_arrow', 'to_array', 'from_arrow', 'to_arrow']
+__all__ = ['FLAGS', 'kind_of_arrow', 'to_array', 'from_arrow', 'to_arrow']
 
 # %% ../../nbs/library/arrow.ipynb #5569e4c9
 def kind_of_arrow(type: pa.DataType) -> Kind:
@@ -45,7 +45,7 @@ def kind_of_arrow(type: pa.DataType) -> Kind:
     raise DataError(f"a column cannot hold {type}; turn it into numbers, flags, texts or dates", got=str(type))
 
 # %% ../../nbs/library/arrow.ipynb #a2ba9e08
-_FLAGS = {"true": 1.0, "t": 1.0, "yes": 1.0, "y": 1.0, "1": 1.0, "false": 0.0, "f": 0.0, "no": 0.0, "n": 0.0, "0": 0.0}
+FLAGS = {"true": 1.0, "t": 1.0, "yes": 1.0, "y": 1.0, "1": 1.0, "false": 0.0, "f": 0.0, "no": 0.0, "n": 0.0, "0": 0.0}
 
 
 def _from_text(text: str | None, field: Field) -> Any:
@@ -58,7 +58,7 @@ def _from_text(text: str | None, field: Field) -> Any:
         found = float(text) if field.kind == "number" else found
     except ValueError:
         found = None
-    found = _FLAGS.get(text.strip().lower()) if field.kind == "flag" else found
+    found = FLAGS.get(text.strip().lower()) if field.kind == "flag" else found
     if found is None:
         raise ValueError(text)
     return found

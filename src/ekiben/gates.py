@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ekiben.records import Judgement, Measure
 
 # %% auto #0
-__all__ = ['METRICS', 'Metric', 'Gate', 'parse_gates', 'feature_set', 'check_gates', 'judge']
+__all__ = ['METRICS', 'Metric', 'is_service_metric', 'Gate', 'parse_gates', 'feature_set', 'check_gates', 'judge', 'is_pending']
 
 # %% ../../nbs/library/gates.ipynb #f56892d1
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Metric:
         The tasks it is measured for.
     sliced : bool
         Whether it compares groups, so that a gate names the sensitive feature: ``metric[feature]``.
+    measured_by : {"evaluate", "loadtest"}
+        The stage whose figure it is: held-out rows, or the packaged service under load.
     """
 
     low: float
@@ -42,6 +44,7 @@ class Metric:
     better: Literal["higher", "lower", ""]
     tasks: frozenset[str]
     sliced: bool = False
+    measured_by: Literal["evaluate", "loadtest"] = "evaluate"
 
 # %% ../../nbs/library/gates.ipynb #5a6ab4ba
 _BINARY, _CLASSES, _REGRESSION = frozenset({"binary"}), frozenset({"binary", "multiclass"}), frozenset({"regression"})
@@ -79,6 +82,22 @@ for _name, _of in list(METRICS.items()):
     if _of.better and not _of.sliced and _name != "value":
         METRICS[f"{_name}_gain"] = Metric(_of.low - _of.high, _of.high - _of.low, "higher", _of.tasks)
 
+# %% ../../nbs/library/gates.ipynb #09223206
+_ANY = _CLASSES | _REGRESSION
+
+METRICS |= {
+    "p50_ms": Metric(0, inf, "lower", _ANY, measured_by="loadtest"),
+    "p90_ms": Metric(0, inf, "lower", _ANY, measured_by="loadtest"),
+    "p99_ms": Metric(0, inf, "lower", _ANY, measured_by="loadtest"),
+    "requests_per_s": Metric(0, inf, "higher", _ANY, measured_by="loadtest"),
+    "errors": Metric(0, 1, "lower", _ANY, measured_by="loadtest"),
+}
+
+# %% ../../nbs/library/gates.ipynb #63033209
+def is_service_metric(name: str) -> bool:
+    """Return whether a figure is one of the packaged service under load."""
+    return name in METRICS and METRICS[name].measured_by == "loadtest"
+
 # %% ../../nbs/library/gates.ipynb #3d1b6e12
 @dataclass(frozen=True)
 class Gate:
@@ -90,7 +109,8 @@ class Gate:
         The line as declared, such as ``auc >= 0.90``; what ``--waive`` takes.
     metric : str
     slice : str
-        Sensitive feature, or several joined by ``*``; empty: all rows.
+        Sensitive feature, or several joined by ``*``; for a figure of the service the requests at once; empty: all rows,
+        or the worst of the loads that were tried.
     op : {">=", "<="}
     limit : float
     blocking : bool
@@ -111,6 +131,11 @@ class Gate:
     def label(self) -> str:
         """``metric`` or ``metric[slice]``, as a measure's label."""
         return f"{self.metric}[{self.slice}]" if self.slice else self.metric
+
+    @property
+    def is_of_service(self) -> bool:
+        """Whether `ekiben loadtest` measures it, after packaging."""
+        return is_service_metric(self.metric)
 
 # %% ../../nbs/library/gates.ipynb #4e42a198
 _LINE = re.compile(r"(?P<metric>[^\[\]<>=!]+?)\s*(\[(?P<slice>[^\[\]]*)\])?\s*(?P<op>[<>=!]+)\s*(?P<limit>.*)")
@@ -164,7 +189,11 @@ def _parse_gate(line: str, blocking: bool, where: str) -> Gate:
     if METRICS[name].sliced and not all(parts):
         example = f"{name}[sex] {found['op']} {found['limit']}"
         raise SettingsError(f"`{name}` compares groups; name the sensitive feature, such as `{example}`", metric=name)
-    if not METRICS[name].sliced and found["slice"] is not None:
+    if is_service_metric(name) and found["slice"] is not None:
+        if not re.fullmatch("[1-9][0-9]{0,4}", parts[0]) or len(parts) > 1:
+            example = f"{name}[8] {found['op']} {found['limit']}"
+            raise SettingsError(f"`{name}` takes the number of requests at once, such as `{example}`", metric=name)
+    elif not METRICS[name].sliced and found["slice"] is not None:
         compared = [m for m in (f"{name}_ratio", f"{name}_difference") if m in METRICS]
         hint = f"; `{compared[0]}[{found['slice']}]` compares its groups" if compared else ""
         raise SettingsError(f"`{name}` is measured on all rows and takes no [feature]{hint}")
@@ -219,7 +248,7 @@ def check_gates(gates: Iterable[Gate], *, sensitive: Sequence[str], task: str = 
         When a gate names a feature that is not declared sensitive, or a metric of another task.
     """
     for gate in gates:
-        for feature in gate.slice.split("*") if gate.slice else ():
+        for feature in gate.slice.split("*") if gate.slice and not gate.is_of_service else ():
             if feature not in sensitive:
                 hint = did_you_mean(feature, sensitive) or "; none is declared"
                 raise SettingsError(f"{gate.where}: `{feature}` is not in [columns] sensitive{hint}", feature=feature)
@@ -257,7 +286,7 @@ def judge(gate: Gate, measures: Iterable[Measure]) -> Judgement:
         high=None,
         verdict="insufficient",
         blocking=gate.blocking,
-        note="not measured",
+        note="measured by `ekiben loadtest`" if gate.is_of_service else "not measured",
     )
     if not found:
         return judgement
@@ -303,3 +332,8 @@ def _rows_needed(gate: Gate, measure: Measure) -> int:
     if not measure.rows or not 0 < half_width < distance * 1e6:
         return 0
     return max(measure.rows + 1, math.ceil(measure.rows * (half_width / distance) ** 2))
+
+# %% ../../nbs/library/gates.ipynb #c1ae0b02
+def is_pending(judgement: Judgement) -> bool:
+    """Return whether a verdict waits for `ekiben loadtest`, so that no run can be stopped by it."""
+    return is_service_metric(judgement.metric) and judgement.value is None and judgement.verdict == "insufficient"

@@ -18,6 +18,8 @@ from .columns import Columns
 from .encoding import Preprocessor
 from .errors import DataError, GateError, IntegrityError
 from .files import write_whole
+from .gates import is_pending
+from .profile import Profile
 from .records import Judgement, Policy, Record, Schema, Task
 from .registry import Registry, Version
 from .resampling import Bootstrap, auc_influence, percentiles
@@ -40,7 +42,7 @@ def require_gates(
     insufficient: Literal["warn", "block"] = "warn",
     waivers: Mapping[str, str] | None = None,
 ) -> None:
-    """Stop unless every blocking gate passed or was waived.
+    """Stop unless every blocking gate passed or was waived; those that `ekiben loadtest` measures cannot have been yet.
 
     Parameters
     ----------
@@ -57,7 +59,8 @@ def require_gates(
     """
     stops = ("fail", "insufficient") if insufficient == "block" else ("fail",)
     reasons = waivers or {}
-    failed = [j.name for j in judgements if j.blocking and j.verdict in stops and not (j.waived or reasons.get(j.name))]
+    judged = [j for j in judgements if j.blocking and not is_pending(j)]
+    failed = [j.name for j in judged if j.verdict in stops and not (j.waived or reasons.get(j.name))]
     if failed:
         raise GateError(
             f"nothing is packaged: {', '.join(f'`{name}`' for name in failed)} failed; "
@@ -81,6 +84,7 @@ def make_bundle(
     limits: Limits,
     profile: bytes = b"{}",
     card: str = "",
+    runtimes: bytes = b"",
 ) -> Bundle:
     """Write the bundle of a model, with real rows and their answers as its self-test.
 
@@ -90,7 +94,10 @@ def make_bundle(
     package, package_root
         The project's package and its folder, whose ``pipeline.prepare`` defines ``features``.
     sample : Columns
-        Rows to take up to eight examples from: the first, and the first with a missing value.
+        Held-out rows: up to eight of them become examples (the first, and the first with a missing value), and their
+        predictions are what the service holds its own against.
+    runtimes : bytes
+        What `ekiben.runtimes.choose_runtime` says of the choice, as JSON.
     """
     parts: dict[str, Any] = {
         "name": name,
@@ -103,9 +110,13 @@ def make_bundle(
         "limits": limits,
         "profile": profile,
         "card": card,
+        "runtimes": runtimes,
     }
     first = Scorer(write_bundle(folder, examples=(), **parts))
     examples = make_examples(first, sample.rows(_telling(first, sample)))
+    if profile != b"{}":
+        reference = Profile.from_json(profile).with_predictions(first.score_columns(sample)[0], schema.classes)
+        parts["profile"] = reference.to_json()
     return write_bundle(folder, examples=examples, **parts)
 
 # %% ../../nbs/library/package.ipynb #3c99bfe4
@@ -132,8 +143,8 @@ def sign_card(card: str, lineage: Lineage) -> str:
 
 # %% ../../nbs/library/package.ipynb #b590d5c1
 def describe_bundle(bundle: Bundle) -> dict[str, str]:
-    """Return the SHA-256 of every file of a bundle, and its `digest`; without the card and the lineage, which name the run."""
-    own = ("bundle.json", "card.md")
+    """Return the SHA-256 of every file of a bundle, and its `digest`; without what names the run, and times."""
+    own = ("bundle.json", "card.md", "runtimes.json")
     files = {name: hashlib.sha256(raw).hexdigest() for name, raw in sorted(bundle.files.items()) if name not in own}
     return {"digest": bundle.digest, **files}
 

@@ -22,9 +22,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['Parity', 'prove_parity', 'require_parity', 'time_rows', 'draw_times']
+__all__ = ['LARGEST', 'Parity', 'prove_parity', 'require_parity', 'time_rows', 'draw_times']
 
 # %% ../../nbs/library/parity.ipynb #6a4a5a73
+LARGEST = float(np.finfo(np.float64).max)
+
+
 class Parity(Record, frozen=True):
     """What a comparison of the packaged scorer with the pipeline found.
 
@@ -33,6 +36,8 @@ class Parity(Record, frozen=True):
     runtime : str
     rows : int
         Compared as a batch.
+    split_rows : int
+        Compared at the splits of the model's trees and with gaps, on the matrix.
     single_rows : int
         Compared one at a time, through JSON.
     refused : int
@@ -56,6 +61,7 @@ class Parity(Record, frozen=True):
     tolerance: float
     changed_decisions: int
     why_general: str = ""
+    split_rows: int = 0
 
     @property
     def is_proved(self) -> bool:
@@ -71,6 +77,7 @@ class Parity(Record, frozen=True):
                 "|---|---|",
                 f"| runtime | `{self.runtime}`, {promise} |",
                 f"| held-out rows, as a batch | {self.rows:,} |",
+                *([f"| at the trees' splits, and with gaps | {self.split_rows:,} |"] if self.split_rows else []),
                 f"| one at a time, through JSON | {self.single_rows:,} ({self.refused:,} outside the service's limits) |",
                 f"| a single row is scored by | {self.why_general or 'code written for this bundle, compared as well'} |",
                 f"| answers with other bits | {self.different_bits:,} |",
@@ -88,6 +95,7 @@ def prove_parity(
     decision: np.ndarray,
     *,
     most_single: int = 20_000,
+    at_splits: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Parity:
     """Compare a bundle's scorer with what the pipeline predicted and decided.
 
@@ -101,6 +109,8 @@ def prove_parity(
     decision : (n,)
     most_single : int
         At most so many rows are also compared one at a time.
+    at_splits : ((m, k) float64, predictions), optional
+        Rows of the matrix that stand on splits, and what the pipeline's model predicts for them.
     """
     scorer = Scorer(bundle)
     names = [f.name for f in scorer.request_schema.inputs]
@@ -118,6 +128,9 @@ def prove_parity(
     alone = np.array(list(written.values()), dtype=np.float64).reshape(-1, *prediction.shape[1:])
     got = np.concatenate([batch, *(a[0] for a in answers), alone])
     want = np.concatenate([prediction, prediction[: some.n], prediction[list(written)]])
+    if at_splits is not None and len(at_splits[0]):
+        got = np.concatenate([got, scorer.engine.predict(at_splits[0])])
+        want = np.concatenate([want, at_splits[1]])
     said = np.concatenate([decided, *(a[1] for a in answers)])
     meant = np.concatenate([decision, decision[: some.n]])
     changed = 0 if bundle.info.task == "regression" else int((said != meant).sum())
@@ -127,18 +140,19 @@ def prove_parity(
         single_rows=some.n,
         refused=refused,
         different_bits=int((got != want).sum()),
-        largest_difference=float(np.abs(got - want).max()) if got.size else 0.0,
+        largest_difference=float(np.nan_to_num(np.abs(got - want).max(initial=0.0), nan=LARGEST, posinf=LARGEST)),
         tolerance=_tolerance(bundle, prediction),
         changed_decisions=changed,
         why_general="" if scorer.lane.is_compiled else f"the general way: {scorer.lane.why}",
+        split_rows=0 if at_splits is None else len(at_splits[0]),
     )
 
 # %% ../../nbs/library/parity.ipynb #41fa3037
 def _tolerance(bundle: Bundle, prediction: np.ndarray) -> float:
-    """Return what the runtime promises: 0, or for `python` 1e-9 of the largest answer."""
+    """Return what the runtime promises: 0, or 1e-9 (`onnx`: 1e-6, a float32's) of the largest answer."""
     if bundle.info.runtime in ("lightgbm", "linear"):
         return 0.0
-    return 1e-9 * max(1.0, float(np.abs(prediction).max(initial=0.0)))
+    return (1e-6 if bundle.info.runtime == "onnx" else 1e-9) * max(1.0, float(np.abs(prediction).max(initial=0.0)))
 
 
 def _without_ranges(schema: Schema) -> Schema:
@@ -162,8 +176,17 @@ def require_parity(parity: Parity) -> None:
         )
 
 # %% ../../nbs/library/parity.ipynb #7d4fe5a1
-def time_rows(bundle: Bundle, columns: Columns, *, most: int = 2000) -> np.ndarray:
+def time_rows(bundle: Bundle, columns: Columns, *, most: int = 2000, seconds: float = 5.0) -> np.ndarray:
     """Return the microseconds that single rows took, from a dict to an answer, without HTTP.
+
+    Parameters
+    ----------
+    bundle : Bundle
+    columns : Columns
+    most : int
+        At most so many rows.
+    seconds : float
+        No row is begun after so long.
 
     Returns
     -------
@@ -171,8 +194,11 @@ def time_rows(bundle: Bundle, columns: Columns, *, most: int = 2000) -> np.ndarr
     """
     scorer = Scorer(bundle)
     some = columns.pick([f.name for f in scorer.request_schema.inputs]).rows(np.arange(min(columns.n, most)))
-    took = []
+    took: list[float] = []
+    end = perf_counter_ns() + seconds * 1e9
     for row in some.to_rows():
+        if perf_counter_ns() > end:
+            break
         began = perf_counter_ns()
         try:
             scorer.score_rows([row])

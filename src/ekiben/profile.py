@@ -89,14 +89,13 @@ class ColumnProfile(Record, frozen=True, kw_only=True):
         -------
         (len(counts) + 1,) int64
         """
-        absent = is_absent(values)
-        bins = len(self.counts)
         if self.kind in ("category", "text"):
             found = Counter(values.tolist())
-            own = [found.get(level, 0) for level in self.levels]
-            return np.array([*own, len(values) - int(absent.sum()) - sum(own), absent.sum()], dtype=np.int64)
+            own, gone = [found.get(level, 0) for level in self.levels], found.get(None, 0)
+            return np.array([*own, len(values) - gone - sum(own), gone], dtype=np.int64)
+        absent = is_absent(values)
         place = np.searchsorted(self.cuts, _as_numbers(values[~absent]), side="right")
-        return np.append(np.bincount(place, minlength=bins), absent.sum()).astype(np.int64)
+        return np.append(np.bincount(place, minlength=len(self.counts)), absent.sum()).astype(np.int64)
 
 
 def _as_numbers(values: np.ndarray) -> np.ndarray:

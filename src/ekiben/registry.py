@@ -123,7 +123,7 @@ def copy_framework(folder: Path) -> list[str]:
     import ekiben
 
     root = Path(ekiben.__file__).parent
-    start = ("serving.app", "columns", "rows", "arrow", "features", "encoding", "models")
+    start = ("serving.app", "serving.container", "columns", "rows", "arrow", "features", "encoding", "models")
     modules = collect_modules("ekiben", root, [m for m in start if (root / f"{m.replace('.', '/')}.py").is_file()])
     modules["serving.__init__"] = (root / "serving" / "__init__.py").read_text(encoding="utf-8")
     modules["__init__"] = (root / "__init__.py").read_text(encoding="utf-8")
@@ -137,7 +137,8 @@ def copy_framework(folder: Path) -> list[str]:
 def requirements_of(bundle: Bundle) -> list[str]:
     """Return what a process that serves this bundle needs, at the versions that are installed here."""
     needs = ["numpy", "msgspec"]
-    needs += {"lightgbm": ["lightgbm"], "python": ["scikit-learn", "skops"]}.get(bundle.info.runtime, [])
+    kept = {"booster.txt": ["lightgbm"], "model.onnx": ["onnxruntime"], "estimator.skops": ["scikit-learn", "skops"]}
+    needs += [package for name in bundle.part("model") for package in kept.get(name, [])]
     known = importlib.metadata.packages_distributions()
     needs += [known.get(n, [n])[0] for n in bundle.info.needs]
     return sorted({f"{n}=={importlib.metadata.version(n)}" for n in needs})

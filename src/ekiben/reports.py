@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from .files import write_whole
+from .gates import is_service_metric
 from .records import Judgement, Measure
 from .runs import Layout, Run, StepRun, read_runs
 
@@ -154,8 +155,9 @@ def write_run_page(layout: Layout, run: Run) -> Path:
     links += [(page, name, False) for name, page in stems.items()]
     if run.resumes:
         links.append((f"../{run.resumes}/index.html", f"carries on {run.resumes}", False))
-    if (folder / "reproduction.html").is_file():
-        links.append(("reproduction.html", "made again", False))
+    for page, name in (("reproduction.html", "made again"), ("loadtest.html", "load test")):
+        if (folder / page).is_file():
+            links.append((page, name, False))
     path = folder / "index.html"
     write_whole(path, _page(f"run {run.run_id}", "\n".join(body), links).encode())
     return path
@@ -210,6 +212,7 @@ def _gates(gates: list[Judgement]) -> str:
     for g in gates:
         words = g.verdict + ("" if g.blocking else ", watched") + (f", waived: {g.waived}" if g.waived else "")
         more = f"about {g.rows_needed:,} rows would decide" if g.verdict == "insufficient" and g.rows_needed else ""
+        more = more or (html.escape(g.note) if is_service_metric(g.metric) else "")
         rows.append([f"<code>{html.escape(g.name)}</code>", _number(g.value), _between(g), _badge(words, g.verdict), more])
     return "<h2>Gates</h2>" + _table(["declared", "measured", "interval", "verdict", ""], rows, frozenset({1}))
 

@@ -287,9 +287,12 @@ class RowReader:
                 errors.append(_mistake(i, "", name_type(row), "an object with one value per column"))
                 continue
             for name in row:
+                if len(errors) >= self.max_errors:
+                    break
                 if name not in self.known:
-                    near = did_you_mean(str(name), self.kinds).removeprefix("; ")
-                    errors.append(_mistake(i, str(name), "an unknown column", f"the columns of the schema ({near})"))
+                    shown = str(name)[:60]
+                    near = did_you_mean(shown, self.kinds).removeprefix("; ")
+                    errors.append(_mistake(i, shown, "an unknown column", f"the columns of the schema ({near})"))
             for check in self.checks:
                 try:
                     if check.name not in row:

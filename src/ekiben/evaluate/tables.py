@@ -12,6 +12,7 @@ import pandas as pd
 from .robustness import Stress
 from .slices import Slice
 from ..figures import alike, short
+from ..gates import is_pending
 from ..records import Judgement, Measure
 
 # %% auto #0
@@ -74,6 +75,8 @@ def verdict_words(judgement: Judgement) -> str:
     if judgement.verdict == "fail":
         waived = f", waived: {judgement.waived}" if judgement.waived else ""
         return f"fails: surely not {side} {judgement.limit:g}{waived}"
+    if is_pending(judgement):
+        return "not measured yet: `ekiben loadtest` does"
     if judgement.value is None:
         return "cannot tell: it was not measured"
     more = f"; about {judgement.rows_needed:,} rows would decide" if judgement.rows_needed else ""

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import IntegrityError
+from ..gates import is_service_metric
 from ..records import Judgement, Measure, Record
 from ..runs import Run, StepResult
 from ..store import Store, Stored
@@ -224,6 +225,8 @@ def match_runs(
 ) -> list[Match]:
     """Compare two runs: step by step their results and figures, then the verdicts.
 
+    What `ekiben loadtest` measured of a run's service afterwards tells of a machine, and is left out.
+
     Parameters
     ----------
     then, now : Run
@@ -243,5 +246,6 @@ def match_runs(
             labels = {m.label for m in b.measures}
             found += match_figures(step, [m for m in then.measures if m.label in labels], b.measures, free)
     told = {m.name for m in found if m.kind == "figure"}
-    found += match_figures("", [m for m in then.measures if m.label not in told], [])
-    return found + match_verdicts(then.gates, now.gates)
+    found += match_figures("", [m for m in then.measures if m.label not in told and not is_service_metric(m.name)], [])
+    verdicts = [[g for g in gates if not is_service_metric(g.metric)] for gates in (then.gates, now.gates)]
+    return found + match_verdicts(*verdicts)

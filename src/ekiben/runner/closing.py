@@ -13,6 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from ..gates import is_pending
 from ..records import Judgement, Measure
 from ..reports import short_error
 from ..runs import Run, StepRun
@@ -38,6 +39,8 @@ def _verdict(g: Judgement) -> Text:
         words += f", waived: {g.waived}"
     if g.verdict == "insufficient" and g.rows_needed:
         words += f", about {g.rows_needed:,} rows would decide"
+    if is_pending(g):
+        words = "waits for `ekiben loadtest`" + ("" if g.blocking else " (watched)")
     return Text(words, style=style)
 
 # %% ../../../nbs/library/runner/closing.ipynb #0aa19d8a
@@ -143,6 +146,8 @@ def next_command(run: Run) -> str:
     if run.status == "running":
         return ""
     if run.status == "done":
+        if any(map(is_pending, run.gates)):
+            return "ekiben loadtest"
         return "ekiben serve" if run.bento else "ekiben run"
     if run.status == "gate_failed":
         failed = next((g for g in run.gates if g.blocking and not g.waived and g.verdict != "pass"), None)

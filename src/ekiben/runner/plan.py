@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from ..errors import UsageError, did_you_mean
+from ..gates import is_pending
 from ..records import Judgement, Record
 from .graph import Step, everything_upstream
 from ..runs import Layout, Run
@@ -124,7 +125,7 @@ def find_waivers(judgements: Sequence[Judgement], waivers: Mapping[str, str]) ->
 def stopping(judgements: Sequence[Judgement], settings: Settings) -> list[Judgement]:
     """Return the verdicts that stop a run: blocking, not waived, failed (or insufficient, where that blocks)."""
     bad = {"fail", "insufficient"} if settings.gates.insufficient == "block" else {"fail"}
-    return [j for j in judgements if j.blocking and not j.waived and j.verdict in bad]
+    return [j for j in judgements if j.blocking and not j.waived and j.verdict in bad and not is_pending(j)]
 
 # %% ../../../nbs/library/runner/plan.ipynb #3b49f5f5
 def read_waivers(gates: Sequence[str], reason: str, settings: Settings) -> dict[str, str]:

@@ -74,7 +74,7 @@ class BundleInfo(Record, frozen=True):
     ----------
     name : str
         The model's name in the registry.
-    runtime : {"lightgbm", "linear", "python"}
+    runtime : {"lightgbm", "linear", "onnx", "python"}
     task : Task
     target : str
     classes : tuple of str
@@ -151,6 +151,11 @@ class Bundle:
         return module.features  # type: ignore[no-any-return]
 
     @cached_property
+    def runtimes(self) -> list[dict[str, Any]]:
+        """The runtimes that were tried when this was packaged: proof, time for a row, and why one was refused."""
+        return msgspec.json.decode(self.files.get("runtimes.json", b"[]"), type=list[dict[str, Any]])
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over all that makes its answers: schema, preprocessing, model, code, policy and limits.
 
@@ -179,6 +184,7 @@ def write_bundle(
     limits: Limits | None = None,
     profile: bytes = b"{}",
     card: str = "",
+    runtimes: bytes = b"",
 ) -> Bundle:
     """Write a sealed bundle and return it, read back from disk.
 
@@ -194,6 +200,8 @@ def write_bundle(
         The reference profile as JSON.
     card : str
         The model card as Markdown.
+    runtimes : bytes
+        The runtimes that were tried, as JSON.
     """
     info = BundleInfo(
         name=name,
@@ -216,6 +224,7 @@ def write_bundle(
             "examples.json": _pretty(list(examples)),
             "profile.json": profile,
             "card.md": card.encode(),
+            **({"runtimes.json": runtimes} if runtimes else {}),
             **{f"model/{n}": raw for n, raw in model.to_files().items()},
             **{f"code/{n}": text.encode() for n, text in code.items()},
         },

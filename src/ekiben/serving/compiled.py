@@ -69,6 +69,9 @@ class Lane:
         How many rows the proof compared.
     source : str
         The code that was written.
+    encode : callable or None
+        Takes a row, returns the numbers of its matrix first, or raises for a row that only the general way knows; None when
+        it is not compiled.
     """
 
     predict: Callable[[Mapping[str, Any]], Any]
@@ -76,6 +79,7 @@ class Lane:
     why: str = ""
     proved_rows: int = 0
     source: str = ""
+    encode: Callable[[Mapping[str, Any]], tuple[float, ...]] | None = None
 
     def to_facts(self) -> dict[str, Any]:
         """Return what there is to say about it, as JSON holds it."""
@@ -185,4 +189,4 @@ def compile_lane(
 
     proved = prove(names, space["encode"], to_numbers, proof_rows(fields, [e.row for e in bundle.examples]))
     space["general"] = predict
-    return Lane(space["predict"], is_compiled=True, proved_rows=proved, source=source)
+    return Lane(space["predict"], is_compiled=True, proved_rows=proved, source=source, encode=space["encode"])

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -23,10 +24,32 @@ from .segments import FEEDBACK, PREDICTION, Origin, Segment, encode_event, open_
 __all__ = ['LONGEST_ID', 'new_ids', 'Journal', 'read_segments', 'write_time', 'read_journal']
 
 # %% ../../../nbs/library/serving/journal.ipynb #dc74f261
+class _Digits:
+    """Random hexadecimal digits, drawn from the system in large pieces: asking it costs more than the rest of an id."""
+
+    def __init__(self, piece: int = 8192) -> None:
+        self._piece = piece
+        self.forget()
+        os.register_at_fork(after_in_child=self.forget)  # a child must not give the ids of its parent
+
+    def forget(self) -> None:
+        self._left, self._at, self._lock = "", 0, threading.Lock()
+
+    def take(self, n: int) -> str:
+        with self._lock:
+            if self._at + n > len(self._left):
+                self._left, self._at = os.urandom(max(self._piece, (n + 1) // 2)).hex(), 0
+            self._at += n
+            return self._left[self._at - n : self._at]
+
+
+_DIGITS = _Digits()
+
+
 def new_ids(n: int) -> list[str]:
     """Return `n` version-7 UUIDs: random, and in the order of time."""
     stamp = f"{time.time_ns() // 1_000_000:012x}"
-    raw = os.urandom(10 * n).hex()
+    raw = _DIGITS.take(20 * n)
     ids = []
     for i in range(n):
         r = raw[20 * i : 20 * i + 20]
@@ -72,6 +95,11 @@ class Journal:
     def is_sync(self) -> bool:
         """Whether an answer must wait for `durable`."""
         return self.committer is not None and self.committer.is_sync
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Names of the columns that are kept to know whose row it is; none when nothing is kept."""
+        return self.origin.keys if self.committer is not None else ()
 
     def predictions(self, ids: Sequence[str], rows: Sequence[Mapping[str, Any]], answers: Sequence[Any]) -> int:
         """Keep answered predictions; return the ticket for `durable`, 0 when they were dropped."""

@@ -15,18 +15,22 @@ from ..errors import RowError
 # %% auto #0
 __all__ = ['TITLES', 'Problem', 'problem_of']
 
-# %% ../../../nbs/library/serving/problem.ipynb #4515ae76
+# %% ../../../nbs/library/serving/problem.ipynb #c1400256
 TITLES = {
-    400: ("unreadable-body", "The body cannot be read"),
+    400: ("unreadable-request", "The request cannot be read"),
+    401: ("no-valid-key", "A valid key is needed"),
+    403: ("not-allowed", "The key does not allow this"),
     404: ("no-such-route", "There is nothing at this address"),
     405: ("method-not-allowed", "This address takes another method"),
-    411: ("length-required", "The body's length is not known"),
+    406: ("not-acceptable", "The answer cannot be had in that form"),
+    408: ("too-slow", "The request came too slowly"),
     413: ("too-large", "The request is too large"),
-    415: ("unsupported-media-type", "The body must be JSON"),
-    422: ("invalid-rows", "The rows do not fit the schema"),
+    415: ("unsupported-media-type", "The body is of a kind that is not taken"),
+    422: ("invalid-request", "The request does not say what it must"),
+    429: ("too-many-requests", "Too many requests"),
     500: ("internal-error", "The service failed"),
     501: ("not-implemented", "This service cannot do that"),
-    503: ("not-ready", "The service is not ready"),
+    503: ("not-now", "The service cannot answer now"),
 }
 
 # %% ../../../nbs/library/serving/problem.ipynb #352f8034
@@ -57,8 +61,8 @@ class Problem(Exception):
         self.errors = list(errors)
         self.headers = list(headers)
 
-    def to_json(self) -> bytes:
-        """Return the problem details document."""
+    def to_json(self, **more: str) -> bytes:
+        """Return the problem details document, with `more` members of its own, such as ``trace_id``."""
         name, title = TITLES[self.status]
         body: dict[str, Any] = {
             "type": f"urn:ekiben:problem:{name}",
@@ -68,7 +72,7 @@ class Problem(Exception):
         }
         if self.errors:
             body["errors"] = self.errors
-        return msgspec.json.encode(body)
+        return msgspec.json.encode(body | {name: said for name, said in more.items() if said})
 
 # %% ../../../nbs/library/serving/problem.ipynb #f016daaf
 def problem_of(error: RowError) -> Problem:

@@ -23,7 +23,7 @@ from .symbols import Untraceable
 from .writer import Table
 
 # %% auto #0
-__all__ = ['Answer', 'Explanation', 'request_schema', 'Scorer', 'make_examples', 'self_test']
+__all__ = ['FEW', 'Answer', 'Explanation', 'request_schema', 'Scorer', 'make_examples', 'self_test']
 
 # %% ../../../nbs/library/serving/scorer.ipynb #a0b713af
 class Answer(msgspec.Struct, omit_defaults=True):
@@ -72,6 +72,9 @@ def request_schema(schema: Schema, group_by: str) -> Schema:
         msgspec.structs.replace(f, is_input=True, role="feature") if f.name == group_by else f for f in schema.fields
     )
     return msgspec.structs.replace(schema, fields=fields)
+
+# %% ../../../nbs/library/serving/scorer.ipynb #775472f7
+FEW = 16
 
 # %% ../../../nbs/library/serving/scorer.ipynb #ad943c91
 class Scorer:
@@ -194,6 +197,11 @@ class Scorer:
         """
         if len(rows) == 1:
             return [self.score_row(rows[0])]
+        if len(rows) <= FEW and self.lane.is_compiled and self.info.runtime in ("lightgbm", "linear"):
+            try:
+                return [self.score_row(row) for row in rows]
+            except RowError:  # the whole request is read again, for the error to name the row
+                pass
         prediction, decision = self.score_columns(self.reader.read(rows))
         return self.to_answers(prediction, decision)
 
@@ -233,6 +241,9 @@ class Scorer:
         """
         if not self.explains:
             raise ServiceError(self.why_not)
+        if len(rows) == 1:
+            answer, X = self.score_row(rows[0]), self._encode_row(rows[0])
+            return [self._explain(ids[0], answer, self.engine.contributions(X)[0], self.engine.margin(X)[0])]
         columns = self.reader.read(rows)
         X = self.to_matrix(columns)
         prediction = self.engine.predict(X)
@@ -241,6 +252,16 @@ class Scorer:
         return [
             self._explain(id_, answer, terms[i], margins[i]) for i, (id_, answer) in enumerate(zip(ids, answers, strict=True))
         ]
+
+    def _encode_row(self, row: Mapping[str, Any]) -> np.ndarray:
+        """Return the (1, k) matrix of a row that was scored."""
+        if self.lane.encode is not None and type(row) is dict:
+            try:
+                numbers = self.lane.encode(row)[: len(self.bundle.preprocessor.names)]
+                return np.array([numbers], dtype=np.float64)
+            except Exception:  # the general way knows it
+                pass
+        return self._to_matrix_row(row)[np.newaxis]
 
     def _explain(self, id_: str, answer: Answer, terms: np.ndarray, margin: np.ndarray) -> Explanation:
         names = self.bundle.preprocessor.names
