@@ -95,12 +95,12 @@ class NativeBooster:
             ctypes.c_void_p(self._out.ctypes.data),
         )
 
-    def configure_single(self) -> ctypes.c_void_p:
+    def configure_single(self, kind: int = NORMAL) -> ctypes.c_void_p:
         """Return the library's prepared call for one row, to be freed by who asked for it."""
         config = ctypes.c_void_p()
         _call(
             self.library.LGBM_BoosterPredictForMatSingleRowFastInit(
-                self._handle, NORMAL, 0, -1, FLOAT64, self.features, b"num_threads=1", ctypes.byref(config)
+                self._handle, kind, 0, -1, FLOAT64, self.features, b"num_threads=1", ctypes.byref(config)
             )
         )
         return config
@@ -109,6 +109,10 @@ class NativeBooster:
         number = ctypes.c_int()
         _call(getattr(self.library, name)(self._handle, ctypes.byref(number)))
         return number.value
+
+    def width(self, kind: int) -> int:
+        """Return how many numbers a kind of prediction has for one row."""
+        return self.outputs * (self.features + 1 if kind == CONTRIBUTIONS else 1)
 
     def predict_one(self, row: np.ndarray) -> np.ndarray:
         """Return the prediction of one row.
@@ -151,8 +155,7 @@ class NativeBooster:
         n, k = X.shape
         if k != self.features:
             raise ServiceError(f"the model takes {self.features} features, got {k}")
-        width = self.outputs * (k + 1 if kind == CONTRIBUTIONS else 1)
-        out = np.empty((n, width))
+        out = np.empty((n, self.width(kind)))
         if n:
             _call(
                 self.library.LGBM_BoosterPredictForMat(
@@ -189,20 +192,45 @@ class SingleRow:
     ----------
     booster : NativeBooster
         Kept alive by this.
+    kind : int
+        ``NORMAL``, ``RAW`` or ``CONTRIBUTIONS``.
 
     Attributes
     ----------
     buffer : ctypes array of (k,) double
         Where the row goes.
-    out : ctypes double, or array of (outputs,) double
+    out : ctypes double, or array of double
         Where the answer comes.
     """
 
-    def __init__(self, booster: NativeBooster) -> None:
-        self.booster, self.lock = booster, threading.Lock()
+    def __init__(self, booster: NativeBooster, kind: int = NORMAL) -> None:
+        self.booster, self.lock, width = booster, threading.Lock(), booster.width(kind)
         self.buffer: ctypes.Array[ctypes.c_double] = (ctypes.c_double * booster.features)()
-        self.out: Any = ctypes.c_double() if booster.outputs == 1 else (ctypes.c_double * booster.outputs)()
-        self._length, self._config = ctypes.c_int64(), booster.configure_single()
+        self.out: Any = ctypes.c_double() if width == 1 else (ctypes.c_double * width)()
+        self._length, self._config = ctypes.c_int64(), booster.configure_single(kind)
+        self._row, self._answer = (np.frombuffer(memoryview(part).cast("B"), np.float64) for part in (self.buffer, self.out))
+        self._arguments = (
+            self._config,
+            ctypes.c_void_p(ctypes.addressof(self.buffer)),
+            ctypes.byref(self._length),
+            ctypes.c_void_p(ctypes.addressof(self.out)),
+        )
+
+    def ask(self, row: np.ndarray) -> np.ndarray:
+        """Return the numbers of one row, the bits that `NativeBooster.predict` has.
+
+        Parameters
+        ----------
+        row : (k,) float64, NaN where missing
+
+        Returns
+        -------
+        (outputs,) float64; contributions are (outputs * (k + 1),), one output after the other
+        """
+        with self.lock:
+            self._row[:] = row
+            _call(self.booster.library.LGBM_BoosterPredictForMatSingleRowFast(*self._arguments))
+            return self._answer.copy()
 
     def parts(self) -> dict[str, Any]:
         """Return by name what a call needs: ``call(config, row_at, length_at, out_at)`` is not 0 when it fails.
@@ -210,12 +238,13 @@ class SingleRow:
         ``pack(buffer, 0, *row)`` puts a row into its place, ``lock`` is to be held from there until ``out`` was read,
         and ``fail()`` raises the library's error.
         """
+        config, row_at, length_at, out_at = self._arguments
         return {
             "call": self.booster.library.LGBM_BoosterPredictForMatSingleRowFast,
-            "config": self._config,
-            "row_at": ctypes.c_void_p(ctypes.addressof(self.buffer)),
-            "length_at": ctypes.byref(self._length),
-            "out_at": ctypes.c_void_p(ctypes.addressof(self.out)),
+            "config": config,
+            "row_at": row_at,
+            "length_at": length_at,
+            "out_at": out_at,
             "buffer": self.buffer,
             "out": self.out,
             "outputs": self.booster.outputs,

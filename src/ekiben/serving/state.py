@@ -144,6 +144,8 @@ class State:
         self.configure(service or ServiceOptions.from_env(os.environ))
         scorer = Scorer(load_bundle(folder, self.trust))
         tested = self_test(scorer)
+        if scorer.explains and (shown := scorer.shown_examples(1)):
+            scorer.explain_rows([shown[0].row], ["self-test"])  # the first explanation makes what the others are quick by
         info = scorer.info
         self.model = {"name": info.name, "version": info.lineage.version, "bento": bento}
         if journal is not None:
