@@ -19,11 +19,12 @@ import pytest
 from bundles import make_columns, make_project
 from tiny import hear_ctrl_c
 
-from ekiben.bento import build_bento, is_whole
+from ekiben.bento import build_bento
 from ekiben.errors import IntegrityError, ServiceError, UsageError
 from ekiben.serving.bundle import Lineage, load_bundle, stamp_bundle
 from ekiben.serving.journal import read_journal
-from ekiben.serving.run import Served, bento_folder, check_host, check_port, find_served, start_bento, stop_process, wait_ready
+from ekiben.serving.run import check_host, check_port, find_served, start_bento, stop_process, wait_ready
+from ekiben.serving.served import Served, bento_folder, is_whole
 
 SERVICE = Path(__file__).resolve().parents[1] / "bentos" / "scorer" / "service.py"
 TRAINING = {"pandas", "sklearn", "mlflow", "optuna", "lightgbm", "scipy", "pyarrow", "fairlearn", "shap", "matplotlib"}

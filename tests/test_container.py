@@ -27,7 +27,7 @@ from ekiben.installer import pip_settings
 from ekiben.serving.bundle import Lineage, stamp_bundle
 from ekiben.serving.container import serve_command
 from ekiben.serving.issuing import add_key
-from ekiben.serving.run import bento_folder
+from ekiben.serving.served import bento_folder
 from ekiben.serving.scorer import Scorer
 from ekiben.serving.signer import signing_key
 from ekiben.serving.trust import write_key

@@ -246,7 +246,7 @@ def test_the_champion_is_started_with_a_key_of_its_own_and_leaves_nothing_behind
     from ekiben.bento import build_bento
     from ekiben.registry import Registry
     from ekiben.serving.bundle import Lineage, stamp_bundle
-    from ekiben.serving.run import Served
+    from ekiben.serving.served import Served
 
     root = make_root(tmp_path / "project", "errors <= 0;p99_ms <= 60000")
     monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from bundles import PREPARE, make_columns, make_package, make_project, make_target
 
-from ekiben.bento import is_whole
+
 from ekiben.errors import GateError, IntegrityError, ServiceError
 from ekiben.package import (
     Comparison,
@@ -25,7 +25,8 @@ from ekiben.records import Judgement
 from ekiben.runner.standing import what_is_gone
 from ekiben.registry import Registry
 from ekiben.serving.bundle import Limits, Lineage
-from ekiben.serving.run import Served, bento_folder, find_served
+from ekiben.serving.run import find_served
+from ekiben.serving.served import Served, bento_folder, is_whole
 
 SERVICE = Path(__file__).resolve().parents[1] / "bentos" / "scorer" / "service.py"
 

@@ -32,7 +32,7 @@ from ekiben.runner.screen import Screen
 from ekiben.history.show import chosen_settings, describe_in_full, describe_run, list_runs, runs_table, show_run
 from ekiben.cache.snapshot import changed_since, digests_of, materialize, read_file, take
 from ekiben.runs import Layout, Run, read_run, write_run
-from ekiben.serving.run import Served
+from ekiben.serving.served import Served
 from ekiben.settings import load_settings
 from ekiben.store import Store
 

@@ -26,7 +26,8 @@ from ekiben.cli import main
 from ekiben.serving.bundle import stamp_bundle
 from ekiben.serving.issuing import add_key
 from ekiben.serving.options import ServiceOptions
-from ekiben.serving.run import Served, start_bento, stop_process, wait_ready
+from ekiben.serving.run import start_bento, stop_process, wait_ready
+from ekiben.serving.served import Served
 from ekiben.serving.tls import check_tls
 
 SERVICE = Path(__file__).resolve().parents[1] / "bentos" / "scorer" / "service.py"

@@ -19,7 +19,7 @@ import pytest
 from bundles import make_columns, make_project
 
 import ekiben.commands.security  # noqa: F401  its commands are part of the program
-from ekiben.bento import build_bento, executed_notebooks, is_whole
+from ekiben.bento import build_bento, executed_notebooks
 from ekiben.cli import main
 from ekiben.errors import IntegrityError, ServiceError, SettingsError, UsageError
 from ekiben.runs import Layout, StepResult
@@ -27,7 +27,8 @@ from ekiben.serving.app import State
 from ekiben.serving.bundle import load_bundle, stamp_bundle
 from ekiben.serving.inspection import find_signed, inspect
 from ekiben.serving.integrity import MANIFEST, SIGNATURE, describe_folder, open_folder, seal_folder
-from ekiben.serving.run import Served, find_served, start_bento, stop_process, trust_of, wait_ready
+from ekiben.serving.run import find_served, start_bento, stop_process, trust_of, wait_ready
+from ekiben.serving.served import Served, is_whole
 from ekiben.serving.signer import Signer, key_path, list_keys, revoke_key, rotate_key, sign_folder, signing_key, trust_key
 from ekiben.serving.signing import admit, check_signature, verify_folder
 from ekiben.serving.trust import key_id, read_key, trusted_keys, write_key

@@ -25,7 +25,8 @@ from .files import write_whole
 from .records import Record
 from .installer import build_secrets
 from .sbom import Audit, audit_packages, take_inventory, write_sbom
-from .serving.run import bento_folder, find_served, trust_of
+from .serving.run import find_served, trust_of
+from .serving.served import bento_folder
 from .serving.signing import Seal, verify_folder
 
 # %% auto #0

@@ -19,7 +19,8 @@ from .records import Judgement, Measure, Record
 from .store import Stored
 
 # %% auto #0
-__all__ = ['FileStamp', 'StepResult', 'StepRun', 'Run', 'Layout', 'new_run_id', 'write_run', 'read_runs', 'read_run']
+__all__ = ['FileStamp', 'StepResult', 'StepRun', 'Run', 'Layout', 'new_run_id', 'write_run', 'read_runs', 'read_run',
+           'resolve_uri']
 
 # %% ../../nbs/library/runs.ipynb #cc8610e4
 class FileStamp(Record, frozen=True):
@@ -250,3 +251,19 @@ def read_run(layout: Layout, run_id: str) -> Run:
     if found:
         raise UsageError(f"`{run_id}` could mean {len(found)} runs: {', '.join(r.run_id for r in found[:5])}")
     raise UsageError(f"no run `{run_id}` in {layout.reports / 'runs'}{did_you_mean(run_id, [r.run_id for r in runs])}")
+
+# %% ../../nbs/library/runs.ipynb #f8b432da
+def resolve_uri(root: Path, uri: str) -> str:
+    """Return a tracking URI whose relative SQLite path stands on the project's root.
+
+    Parameters
+    ----------
+    root : Path
+        The project's folder.
+    uri : str
+        Such as ``sqlite:///mlflow.db``; three slashes are relative, four absolute.
+    """
+    prefix = "sqlite:///"
+    if uri.startswith(prefix) and not uri.startswith(prefix + "/"):
+        return f"{prefix}{Path(root).resolve() / uri.removeprefix(prefix)}"
+    return uri

@@ -112,7 +112,7 @@ def ekiben_bento(data: Path, home: Path) -> str:
 
 def ekiben_side(tag: str, home: Path, *, name: str, is_guarded: bool, is_journalled: bool) -> Side:
     """Return the packaged service: with keys and the journal, or without."""
-    from ekiben.serving.run import bento_folder
+    from ekiben.serving.served import bento_folder
     from ekiben.serving.trust import trusted_keys
 
     example = json.loads((bento_folder(tag) / "src" / "bundle" / "examples.json").read_bytes())[0]["row"]

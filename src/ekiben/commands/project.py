@@ -127,7 +127,7 @@ def ui(
 
     Example: ekiben ui --port 5001
     """
-    from ekiben.registry import resolve_uri
+    from ekiben.runs import resolve_uri
     from ekiben.settings import load_settings
 
     root = root_of(project)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..errors import IntegrityError, UsageError
 from ..runs import Layout, Run, StepResult, read_run, read_runs
-from ..serving.run import Served
+from ..serving.served import Served
 
 # %% auto #0
 __all__ = ['find_run', 'results_of']

@@ -134,7 +134,7 @@ def _open_files() -> set[Path] | None:
 # %% ../../../nbs/library/runner/leftovers.ipynb #de11ffe4
 def end_in_mlflow(root: Path, tracking_uri: str, run_id: str, status: str = "KILLED") -> bool:
     """End what a run left open in MLflow with a status of MLflow's, and return whether the store could be reached."""
-    from ekiben.registry import resolve_uri
+    from ekiben.runs import resolve_uri
 
     uri = resolve_uri(root, tracking_uri) if tracking_uri else ""
     if not uri:

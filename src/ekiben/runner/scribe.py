@@ -108,7 +108,7 @@ class Desk:
             self.problem = self.problem or f"{what}: {type(exc).__name__}: {said}"
 
     def _open(self, opening: Opening) -> None:
-        from ekiben.registry import resolve_uri
+        from ekiben.runs import resolve_uri
         from ekiben.runner.tracking import Tracker
 
         root = Path(opening.root)
@@ -227,7 +227,7 @@ class Scribe:
     """
 
     def __init__(self, opening: Opening) -> None:
-        from ekiben.registry import resolve_uri
+        from ekiben.runs import resolve_uri
 
         self.opening = opening
         self.uri = resolve_uri(Path(opening.root), opening.tracking_uri)

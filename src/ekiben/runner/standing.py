@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..bento import is_whole
-from ..registry import Registry, resolve_uri
-from ..serving.run import Served
+from ..runs import resolve_uri
+from ..serving.served import Served, is_whole
 
 # %% auto #0
 __all__ = ['what_is_gone']
@@ -46,6 +45,8 @@ def _holds(root: Path, tracking_uri: str, model: Mapping[str, Any]) -> bool:
     uri = resolve_uri(root, tracking_uri)
     name, version, alias = str(model.get("name")), int(model.get("version") or 0), model.get("alias")
     if not uri.startswith("sqlite:///"):
+        from ekiben.registry import Registry
+
         registry = Registry(root, tracking_uri)
         holder = registry.holder(name, alias) if alias else None
         return any(int(v.version) == version for v in registry.versions(name)) and (

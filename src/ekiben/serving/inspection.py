@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import EkibenError, ServiceError, UsageError
 from ..records import Record
 from .integrity import SIGNATURE
-from .run import Served, bento_folder
+from .served import Served, bento_folder
 from .signing import claimed_seal, verify_folder
 from .trust import Trust
 
