@@ -101,7 +101,7 @@ def write_containerfile(labels: Mapping[str, str], *, runtime: str = "lightgbm",
     needs : iterable of str
         Top-level modules that its features import.
     """
-    base = f"docker.io/library/python:{sys.version_info.major}.{sys.version_info.minor}-slim"
+    base = f"python:{sys.version_info.major}.{sys.version_info.minor}-slim"
     unused = ["pip", "setuptools"]
     if runtime == "lightgbm" and "scipy" not in needs:
         unused.append("scipy")
@@ -121,9 +121,9 @@ USER root
 FROM base AS install
 COPY env/python/requirements.txt /tmp/requirements.txt
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=secret,id=ca \\
-    --mount=type=cache,target=/root/.cache/pip \\
+    --mount=type=cache,target=/var/cache/pip \\
     python3 -m venv /opt/venv \\
-    && /opt/venv/bin/python -m pip install --disable-pip-version-check --prefer-binary -r /tmp/requirements.txt \\
+    && PIP_CACHE_DIR=/var/cache/pip /opt/venv/bin/python -m pip install --disable-pip-version-check --prefer-binary -r /tmp/requirements.txt \\
     && /opt/venv/bin/python -m pip uninstall --yes {" ".join(unused)}
 COPY . /opt/bento
 RUN chmod -R a+rX,go-w /opt/bento
