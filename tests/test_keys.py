@@ -75,7 +75,7 @@ def test_rotating_keeps_name_roles_and_life_and_ends_the_old_key_after_its_grace
     new, new_word = rotate_key(path, "shop", grace=timedelta(hours=2))
     assert (new.name, new.roles) == (old.name, old.roles) and new.expires - new.created == timedelta(days=90)
     before = read_keys(path).keys[0]
-    assert before.replaced_by == new.id and timedelta(0) < before.expires - NOW < timedelta(hours=2, minutes=5)
+    assert before.replaced_by == new.id and timedelta(0) < before.expires - new.created < timedelta(hours=2, minutes=5)
     later = [0.0]
     os.utime(path, (1e9, 1e9))  # an old file is not read again, so that only the clock can end the key
     file = KeyFile(path, clock=lambda: time.time() + later[0])
