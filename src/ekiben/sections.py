@@ -15,7 +15,7 @@ from .values import hide_passwords
 
 # %% auto #0
 __all__ = ['MISSING', 'SECTIONS', 'Section', 'PipelineSection', 'DataSection', 'ColumnsSection', 'GatesSection', 'ServeSection',
-           'MonitorSection', 'types_of', 'Settings']
+           'MonitorSection', 'RetrainSection', 'DeploySection', 'types_of', 'Settings']
 
 # %% ../../nbs/library/sections.ipynb #15748478
 class Section(BaseModel):
@@ -138,6 +138,14 @@ class ServeSection(Section):
 class MonitorSection(Section):
     """``[monitor]``: ekiben has no keys of its own here; a step called `monitor` has its parameters here."""
 
+# %% ../../nbs/library/sections.ipynb #a1c0de01
+class RetrainSection(Section):
+    """``[retrain]``: when a model is trained anew, and on which rows."""
+
+# %% ../../nbs/library/sections.ipynb #a1c0de02
+class DeploySection(Section):
+    """``[deploy]``: how a new version comes to serve."""
+
 # %% ../../nbs/library/sections.ipynb #1c532c2e
 SECTIONS: dict[str, type[Section]] = {
     "pipeline": PipelineSection,
@@ -146,6 +154,8 @@ SECTIONS: dict[str, type[Section]] = {
     "gates": GatesSection,
     "serve": ServeSection,
     "monitor": MonitorSection,
+    "retrain": RetrainSection,
+    "deploy": DeploySection,
 }
 
 
@@ -162,7 +172,7 @@ class Settings(Section):
     ----------
     root : Path
         The project's folder.
-    pipeline, data, columns, gates, serve, monitor
+    pipeline, data, columns, gates, serve, monitor, retrain, deploy
         ekiben's own sections.
     steps : dict of str to dict
         Every parameter of every step, as the notebook's default or as it was set.
@@ -175,6 +185,8 @@ class Settings(Section):
     gates: GatesSection
     serve: ServeSection
     monitor: MonitorSection
+    retrain: RetrainSection
+    deploy: DeploySection
     steps: dict[str, dict[str, Any]]
     _places: dict[tuple[str, str], str] = PrivateAttr(default_factory=dict)
     _secrets: dict[str, str] = PrivateAttr(default_factory=dict)

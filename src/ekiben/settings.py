@@ -253,7 +253,7 @@ def render_settings(values: Mapping[str, Mapping[str, Any]], steps: Mapping[str,
         known = {key: (field.get_default(), field.description or "") for key, field in _fields(section).items()}
         known |= {p.name: (p.default, p.says) for p in _parameters(cells.get(section))}
         known |= {key: (None, "") for key in values.get(section, {}) if key not in known}
-        if section != "monitor" or known:
+        if known or section not in SECTIONS:
             lines += ["", f"[{section}]"]
         for key, (default, says) in known.items():
             lines += [f"# {says}"] if says else []
