@@ -414,7 +414,15 @@ class _Client:
 
         return reply
 
-# %% ../../../nbs/library/simulate/client.ipynb #6bafb3e4
+# %% ../../../nbs/library/simulate/client.ipynb #435c03a7
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        from uvloop import new_event_loop
+    except ImportError:  # not to be had on every system
+        return asyncio.new_event_loop()
+    return new_event_loop()
+
+
 def _work(pipe: Any) -> None:
     """Be the process: get orders, play, hand back what happened."""
     import signal
@@ -422,14 +430,10 @@ def _work(pipe: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for whoever directs; the pipe tells this process
     orders = pipe.recv()
     orders.traffic.batch(0, 0)
-    try:
-        from uvloop import new_event_loop
-    except ImportError:
-        new_event_loop = asyncio.new_event_loop
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
     pipe.send("ready")
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=_new_loop) as runner:
         played = runner.run(_Client(orders, pipe).run())
     os.set_blocking(pipe.fileno(), True)  # uvloop left it otherwise
     pipe.send(played)

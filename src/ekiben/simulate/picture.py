@@ -56,7 +56,7 @@ def _quality(ax: Axes, story: Story, colors: dict[str, str]) -> None:
     guesses = [(d.day + 0.5, d.estimated) for d in story.days if d.estimated is not None]
     if guesses:
         ax.plot([at for at, _ in guesses], [m.value for _, m in guesses], color=MUTED, linewidth=1.4, linestyle=(0, (1, 1.6)), zorder=2)
-        at, last = guesses[-1]
+        _, last = guesses[-1]
         ax.annotate("estimated without labels", (len(story.days), last.value), xytext=(0, 7), textcoords="offset points", fontsize=8.5,
                     ha="right", color=MUTED)  # fmt: skip
     name = {"auc": "AUC", "r2": "R²"}.get(days[0].quality.name if days and days[0].quality else "", "accuracy")
