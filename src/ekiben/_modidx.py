@@ -2761,6 +2761,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'ekiben/serving/bundle.py'),
                                        'ekiben.serving.bundle.Bundle.part': ( 'library/serving/bundle.html#bundle.part',
                                                                               'ekiben/serving/bundle.py'),
+                                       'ekiben.serving.bundle.Bundle.reference': ( 'library/serving/bundle.html#bundle.reference',
+                                                                                   'ekiben/serving/bundle.py'),
                                        'ekiben.serving.bundle.Bundle.runtimes': ( 'library/serving/bundle.html#bundle.runtimes',
                                                                                   'ekiben/serving/bundle.py'),
                                        'ekiben.serving.bundle.BundleInfo': ( 'library/serving/bundle.html#bundleinfo',
