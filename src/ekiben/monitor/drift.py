@@ -33,7 +33,7 @@ class ColumnDrift(Record, frozen=True, kw_only=True):
     rows : int
         In the window.
     test : str
-        What speaks most against chance: ``shape`` (chi-squared over the bins), ``shift`` (Kolmogorov and Smirnov's distance
+        What speaks most against chance (``shape`` only where nothing else does): ``shape`` (chi-squared over the bins), ``shift`` (Kolmogorov and Smirnov's distance
         at the cuts), ``level`` (the share of one category), ``missing``, ``unseen``, ``range``.
     statistic : float
         That test's.
@@ -151,7 +151,8 @@ def _describe(
     column: ColumnProfile, tests: list[Test], counts: Counts, window: WindowCounts | None, alpha: float, floor: Floor
 ) -> ColumnDrift:
     large = [t for t in tests if t.size >= floor.of(t.name) and t.p_value <= alpha]
-    test = min(large or tests, key=lambda t: (t.p_value, -t.size))
+    telling = [t for t in large if t.name != "shape"]  # it says that something changed; the others say what
+    test = min(telling or large or tests, key=lambda t: (t.p_value, -t.size))
     here = counts.of(column.name)
     rows, present = int(here.sum()), int(here[:-1].sum())
     mean = None
