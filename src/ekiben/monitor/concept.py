@@ -12,10 +12,10 @@ from scipy import special
 
 from .drift import holm
 from .labels import Labelled
+from .streaming import sql_name, sql_text
 from ..profile import ColumnProfile, Profile
 from ..records import Record
 from ..reference import LEAST, BinSums, Reference
-from ..serving.seal import column_name
 
 # %% auto #0
 __all__ = ['Shift', 'compare_labels', 'ResidualDrift', 'merge_bins', 'residual_drift']
@@ -224,12 +224,12 @@ def _residual_tests(column: ColumnProfile, before: BinSums, now: np.ndarray, ref
 
 
 def _where(column: ColumnProfile, bins: np.ndarray) -> str:
-    name = f'"{column_name(column.name)}"'
+    name = sql_name(column.name)
     if bins[0] == len(column.counts):
         return f"{name} IS NULL"
     if column.kind == "category":
         levels = [column.levels[i] for i in bins if i < len(column.levels)]
-        told = ", ".join("'" + level.replace("'", "''") + "'" for level in levels)
+        told = ", ".join(map(sql_text, levels))
         return f"{name} IN ({told})" if told else f"{name} IS NOT NULL"
     if column.kind == "flag":
         return f"{name} = {str(bins[0] > 0).lower()}"
