@@ -85,6 +85,7 @@ def make_bundle(
     profile: bytes = b"{}",
     card: str = "",
     runtimes: bytes = b"",
+    reference: bytes = b"",
 ) -> Bundle:
     """Write the bundle of a model, with real rows and their answers as its self-test.
 
@@ -98,6 +99,8 @@ def make_bundle(
         predictions are what the service holds its own against.
     runtimes : bytes
         What `ekiben.runtimes.choose_runtime` says of the choice, as JSON.
+    reference : bytes
+        What the held-out rows said, as JSON; see ``ekiben.reference``.
     """
     parts: dict[str, Any] = {
         "name": name,
@@ -111,6 +114,7 @@ def make_bundle(
         "profile": profile,
         "card": card,
         "runtimes": runtimes,
+        "reference": reference,
     }
     first = Scorer(write_bundle(folder, examples=(), **parts))
     examples = make_examples(first, sample.rows(_telling(first, sample)))
