@@ -97,7 +97,7 @@ def alerts_of_columns(drifts: Iterable[DriftSeen], inputs: Mapping[str, Any], ro
         out.append(
             Alert(
                 id=alert_id(kind, d.column, *tag), kind=kind, column=d.column, figure=figure, value=value, limit=limit,  # type: ignore[arg-type]
-                since=d.since, says=_sentence(d), rows=rows.where(_as_predictions(d.where), since=d.since), advice=advice,
+                since=d.since, says=_sentence(d), rows=rows.where(d.where, since=d.since), advice=advice,
             )
         )  # fmt: skip
     return out
@@ -107,10 +107,6 @@ def _sentence(d: DriftSeen) -> str:
     said = d.says.rstrip(".") or f"`{d.column}` moved"
     said = said if d.column in said else f"`{d.column}`: {said}"
     return f"{said} (population stability index {short(d.psi)})."
-
-
-def _as_predictions(where: str) -> str:
-    return where
 
 # %% ../../../nbs/library/monitor/alerts.ipynb #7882875f
 def alerts_of_quality(quality: Quality, rows: Rows, tag: tuple[str, ...], *, labelled: int) -> list[Alert]:
@@ -166,7 +162,7 @@ def alerts_of_fairness(fairness: Iterable[Fairness], tag: tuple[str, ...]) -> li
             if j.verdict == "fail" and j.value is not None:
                 out.append(
                     Alert(
-                        id=alert_id("fairness", j.label if hasattr(j, "label") else f"{j.metric}[{j.slice}]", *tag), kind="fairness",
+                        id=alert_id("fairness", f"{j.metric}[{j.slice}]", *tag), kind="fairness",
                         column=fair.column, figure=j.metric, value=j.value, limit=j.limit, since=_fair_since(fair, j),
                         says=f"{j.metric.replace('_', ' ')} by {fair.column} is {short(j.value)}, the declared `{j.name}` is surely missed ({j.note}).",
                         rows="", advice="The report shows who fares how, over time. `ekiben retrain` audits anew; `ekiben rollback` is at hand.",

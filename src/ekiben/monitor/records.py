@@ -195,6 +195,8 @@ class Quality(Record, frozen=True):
         What the model's own probabilities promise for all rows of the window, where it is calibrated.
     estimated_labelled : list of Measure
         The same for the labelled rows, to be held against `measures`.
+    estimated_parts : list of Part
+        The estimate over time.
     worse : list of Judgement
         Figures that are surely worse than the reference, or miss a declared gate.
     note : str
@@ -208,6 +210,7 @@ class Quality(Record, frozen=True):
     concept: list[dict[str, Any]] = []
     estimated: list[Measure] = []
     estimated_labelled: list[Measure] = []
+    estimated_parts: list[Part] = []
     worse: list[Judgement] = []
     note: str = ""
 
