@@ -215,6 +215,4 @@ def open_look(
     bundle = find_bundle(root, wanted, environment)
     raw = bundle.files.get("profile.json", b"{}")
     profile = Profile.from_json(raw) if raw.strip() != b"{}" else Profile(rows=0, columns=())
-    told = bundle.files.get("reference.json", b"")
-    reference = Reference.from_json(told) if told else None
-    return Look(Path(root), place, db, begin, end, parts, environment, wanted, versions, bundle, profile, reference)
+    return Look(Path(root), place, db, begin, end, parts, environment, wanted, versions, bundle, profile, bundle.reference)

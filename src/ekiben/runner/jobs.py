@@ -200,7 +200,9 @@ class Runner:
         return self._remembered(step, result) if status == "done" else result
 
     def _remembered(self, step: Step, result: StepResult) -> StepResult:
-        """See to it that the results that notebooks load by hand are those of this run, and whole."""
+        """See to it that the results that notebooks load by hand are those of this run, and whole; not those of a run apart."""
+        if self.plan.apart:
+            return result
         path, raw = self.layout.last(step.name), result.to_json()
         if not path.is_file() or path.read_bytes() != raw:
             write_whole(path, raw)

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..context import StepContext
-from ..errors import IntegrityError, StepError, UsageError, did_you_mean
+from ..errors import IntegrityError, StepError, UsageError
+from ..export import notebooks_in
+from ..parameters import step_name
 from ..redaction import redactor_of
 from .execution import Outcome, _differing
 from .graph import Step, read_steps
@@ -57,11 +59,12 @@ def find_scheduled(settings: Settings, name: str) -> Step:
     UsageError
         When there is none of that name, or it is a step of every run.
     """
-    steps = read_steps(settings)
-    found = next((step for step in steps if step.name == name), None)
+    books = [path for path in notebooks_in(settings.root / settings.pipeline.notebooks) if step_name(path) == name]
+    if not books:
+        raise UsageError(f"{settings.pipeline.notebooks} holds no notebook for `{name}`; a project of `ekiben new` has one to copy")
+    found = next((step for step in read_steps(settings) if step.name == name), None)
     if found is None:
-        where = f"{settings.pipeline.notebooks} holds no notebook for `{name}`"
-        raise UsageError(f"{where}{did_you_mean(name, [s.name for s in steps if s.scheduled])}; a project of `ekiben new` has one to copy")
+        raise UsageError(f"{books[0].name} has no cell tagged `parameters`")
     if not found.scheduled:
         raise UsageError(f"{found.path.name} is a step of every run; put `on_run: bool = False` into its parameters cell")
     return found
