@@ -24,7 +24,7 @@ from ekiben.errors import RowError
 from ekiben.records import Field, Policy, Schema
 from ekiben.rows import Check, parse_date
 from ekiben.serving.bundle import Limits, write_bundle
-from ekiben.serving.code import load_code
+from ekiben.portable import load_code
 from ekiben.serving.proof import edge_values
 from ekiben.serving.scorer import Scorer, make_examples
 from ekiben.serving.tracing import find_changing

@@ -17,7 +17,8 @@ from ..columns import Columns
 from ..encoding import Preprocessor
 from ..errors import IntegrityError
 from ..records import Policy, Record, Schema, Task
-from .code import load_code, third_party
+from ..portable import load_code, third_party
+from ..skopsfile import packages_of
 from .integrity import open_folder, seal_folder
 from .signing import Seal, open_signed
 from .trust import Trust
@@ -84,7 +85,7 @@ class BundleInfo(Record, frozen=True):
     limits : Limits
     lineage : Lineage
     needs : tuple of str
-        Packages that the user's code imports beside NumPy.
+        Packages, beside NumPy and scikit-learn's own, that the user's code imports and that the model's types are of.
     format : int
         Version of the bundle's form.
     """
@@ -203,6 +204,7 @@ def write_bundle(
     runtimes : bytes
         The runtimes that were tried, as JSON.
     """
+    kept = model.to_files()
     info = BundleInfo(
         name=name,
         runtime=model.runtime,
@@ -213,7 +215,7 @@ def write_bundle(
         policy=policy,
         limits=limits or Limits(),
         lineage=lineage or Lineage(),
-        needs=tuple(n for n in third_party(code) if n != "numpy"),
+        needs=tuple(sorted({*third_party(code), *packages_of(kept)} - {"numpy"})),
     )
     seal_folder(
         folder,
@@ -225,7 +227,7 @@ def write_bundle(
             "profile.json": profile,
             "card.md": card.encode(),
             **({"runtimes.json": runtimes} if runtimes else {}),
-            **{f"model/{n}": raw for n, raw in model.to_files().items()},
+            **{f"model/{n}": raw for n, raw in kept.items()},
             **{f"code/{n}": text.encode() for n, text in code.items()},
         },
     )
