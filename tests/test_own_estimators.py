@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from bundles import PREPARE, Project, make_columns, make_package, make_schema, make_target
+from bundles import Project, make_columns, make_package, make_schema, make_target
 from sklearn.linear_model import LogisticRegression
 from sklearn.tree import DecisionTreeClassifier
 from test_http import call
@@ -566,4 +568,67 @@ def test_a_step_runs_again_when_the_class_that_a_parameter_names_changes(tmp_pat
     assert {part for part in after if after[part] != before.get(part)} and key("linear") == plain
 
 
-assert PREPARE  # the census of `bundles`, whose features these models are trained on
+# ---- a whole project
+
+
+@pytest.mark.slow
+def test_a_notebooks_own_class_is_run_registered_scored_and_served(tmp_path):
+    from test_projects import edit_settings, ekiben, example_rows, pipeline_predictions, predict, run_project, serving
+
+    ekiben("new", "loans", "--data", "simulated:credit?rows=3000", "--target", "default", "--positive", "yes", cwd=tmp_path)
+    root = tmp_path / "loans"
+    page = root / "nbs/pipeline/02_tune.ipynb"
+    notebook = json.loads(page.read_text())
+    place = next(i for i, cell in enumerate(notebook["cells"]) if "def search_space" in "".join(cell["source"]))
+    source = "#| export\n" + TUNE.replace("from census.blend import mix", "from loans.blend import mix").lstrip()
+    own = {"cell_type": "code", "id": "own", "metadata": {}, "outputs": [], "execution_count": None, "source": source}
+    notebook["cells"].insert(place, own)
+    page.write_text(json.dumps(notebook))
+    (root / "src/loans/blend.py").write_text(f"SHARE = 0.25\n{BLEND}")
+    name = "loans.pipeline.tune.TwoModels"
+    asked = ("-p", f"tune.estimators={name}", "-p", "tune.trials=2")
+
+    refused = run_project(root, *asked, code=2)
+    assert {step["name"]: step["status"] for step in refused["steps"]}["tune"] == "failed"
+    assert f"trusted_types = {name}" in json.dumps(refused)
+
+    edit_settings(root, ("[serve]\n", f"[serve]\ntrusted_types = {name}\n"))
+    told = run_project(root, *asked)
+    assert told["model"]["runtime"] == "python" and told["model"]["alias"] == "champion"
+    again = run_project(root, *asked)
+    assert {step["status"] for step in again["steps"]} == {"cached"}
+    rows, expected = pipeline_predictions(root, told)
+    with serving(root) as url:
+        answered = [p for start in range(0, len(rows), 400) for p in predict(url, rows[start : start + 400])]
+        assert predict(url, example_rows(url)[:1])[0]["label"] in ("yes", "no")
+    assert np.array_equal([p["probability"] for p in answered], expected)
+
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ekiben("score", "rows.jsonl", "scored.parquet", cwd=root)
+    import pyarrow.parquet as pq
+
+    assert np.array_equal(pq.read_table(root / "scored.parquet")["probability"].to_numpy(), expected)
+
+    program = """
+import logging, sys, json
+logging.disable(logging.CRITICAL)
+import mlflow, pandas as pd
+mlflow.set_tracking_uri("sqlite:///mlflow.db")
+model = mlflow.pyfunc.load_model("models:/loans@champion")
+frame = pd.DataFrame(json.loads(open("rows.json").read()))
+print(json.dumps(model.predict(frame)["probability"].tolist()))
+assert "loans" not in sys.modules
+"""
+    (root / "rows.json").write_text(json.dumps(rows))
+    command = [sys.executable, "-c", program]
+    apart = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env={**apart, VARIABLE: name}, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert np.array_equal(json.loads(done.stdout.strip().splitlines()[-1]), expected)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=apart, check=False)
+    assert done.returncode and f'{VARIABLE}="{name}"' in done.stderr
+
+    (root / "src/loans/blend.py").write_text(f"SHARE = 0.75\n{BLEND}")
+    newer = run_project(root, *asked)
+    assert {step["name"]: step["status"] for step in newer["steps"]}["tune"] == "ran"
+    assert newer["model"]["version"] == "2", "other code is another version"

@@ -1953,6 +1953,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'ekiben.rows.RowReader._strings': ('library/rows.html#rowreader._strings', 'ekiben/rows.py'),
                              'ekiben.rows.RowReader.read': ('library/rows.html#rowreader.read', 'ekiben/rows.py'),
                              'ekiben.rows._mistake': ('library/rows.html#_mistake', 'ekiben/rows.py'),
+                             'ekiben.rows._parse_iso': ('library/rows.html#_parse_iso', 'ekiben/rows.py'),
                              'ekiben.rows._refusal': ('library/rows.html#_refusal', 'ekiben/rows.py'),
                              'ekiben.rows._to_float': ('library/rows.html#_to_float', 'ekiben/rows.py'),
                              'ekiben.rows.name_type': ('library/rows.html#name_type', 'ekiben/rows.py'),
