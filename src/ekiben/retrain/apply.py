@@ -104,13 +104,9 @@ def finish_applying(root: Path, registry: Any) -> list[Retrained]:
     """Complete the decisions that were written, but not applied to their end, and return them."""
     return [apply(root, registry, done) for done in read_decisions(root)[:3] if not done.applied]
 
-# %% ../../../nbs/library/retrain/apply.ipynb #79e2d590
+# %% ../../../nbs/library/retrain/apply.ipynb #6f08c191
 def _account(root: Path, done: Retrained) -> None:
     """Enter the retraining into the ledger."""
-    from importlib.util import find_spec
-
-    if find_spec("ekiben.ledger") is None:
-        return
     from ekiben.ledger import append
 
     append(

@@ -80,14 +80,14 @@ def _read_table(folder: Path) -> Table | None:
 def _is_whole(path: Path, digest: str) -> bool:
     return path.is_file() and hash_file(path) == digest
 
-# %% ../../../nbs/library/retrain/unfinished.ipynb #116cd982
+# %% ../../../nbs/library/retrain/unfinished.ipynb #d89be080
 def keep_tables(root: Path, keep: int, champion: str) -> int:
     """Remove the rows of all but the latest retrainings and the champion's own; return how many went. Decisions stay."""
     gone = 0
     for done in read_decisions(root)[keep:]:
         rows = retrain_folder(root, done.id) / "rows"
         if rows.is_dir() and done.version != champion:
-            shutil.rmtree(rows, ignore_errors=True)
+            for folder in (rows, retrain_folder(root, done.id) / "champion"):
+                shutil.rmtree(folder, ignore_errors=True)
             gone += 1
-        shutil.rmtree(retrain_folder(root, done.id) / "champion", ignore_errors=True)
     return gone

@@ -17,6 +17,7 @@ from ..columns import Columns
 from ..encoding import Preprocessor
 from ..errors import IntegrityError
 from ..records import Policy, Record, Schema, Task
+from ..reference import Reference
 from .code import load_code, third_party
 from .integrity import open_folder, seal_folder
 from .signing import Seal, open_signed
@@ -156,6 +157,12 @@ class Bundle:
         return msgspec.json.decode(self.files.get("runtimes.json", b"[]"), type=list[dict[str, Any]])
 
     @cached_property
+    def reference(self) -> Reference | None:
+        """What the held-out rows said, as sums; None in a bundle that was made without."""
+        raw = self.files.get("reference.json", b"")
+        return Reference.from_json(raw) if raw else None
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over all that makes its answers: schema, preprocessing, model, code, policy and limits.
 
@@ -185,6 +192,7 @@ def write_bundle(
     profile: bytes = b"{}",
     card: str = "",
     runtimes: bytes = b"",
+    reference: bytes = b"",
 ) -> Bundle:
     """Write a sealed bundle and return it, read back from disk.
 
@@ -202,6 +210,8 @@ def write_bundle(
         The model card as Markdown.
     runtimes : bytes
         The runtimes that were tried, as JSON.
+    reference : bytes
+        What the held-out rows said, as JSON; see ``ekiben.reference``.
     """
     info = BundleInfo(
         name=name,
@@ -225,6 +235,7 @@ def write_bundle(
             "profile.json": profile,
             "card.md": card.encode(),
             **({"runtimes.json": runtimes} if runtimes else {}),
+            **({"reference.json": reference} if reference else {}),
             **{f"model/{n}": raw for n, raw in model.to_files().items()},
             **{f"code/{n}": text.encode() for n, text in code.items()},
         },
