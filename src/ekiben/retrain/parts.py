@@ -93,10 +93,9 @@ def gather(db: duckdb.DuckDBPyConnection, files: Iterable[Path], fields: Sequenc
     counted = db.execute("SELECT (SELECT count(*) FROM staged) - (SELECT count(*) FROM kept)").fetchone()
     return int(counted[0]) if counted else 0
 
-# %% ../../../nbs/library/retrain/parts.ipynb #5cf15446
+# %% ../../../nbs/library/retrain/parts.ipynb #d0ede51d
 def arrange(
     db: duckdb.DuckDBPyConnection, *, since_us: float | None, told_after_us: int, seen_until: float | None, held_out: float, time_is_number: bool,
-    by_prediction: bool = False,
 ) -> dict[str, int]:
     """Give every row its part; return the number of rows by part.
 
@@ -114,8 +113,6 @@ def arrange(
         Share of the fresh rows held out, and of the others used for choosing.
     time_is_number : bool
         Rows of the journal have no place in such a time column; they come after all others.
-    by_prediction : bool
-        Whether `since_us` speaks of when rows were predicted, as the monitor does, rather than of the table's own time column.
 
     Raises
     ------
@@ -128,7 +125,7 @@ def arrange(
     order = "_at NULLS FIRST, _place, _time NULLS FIRST, _id NULLS FIRST"
     if time_is_number:
         order = f"(_from = 'journal' AND _at IS NULL), {order}"
-    own = "coalesce(_time, _at)" if by_prediction else "_time" if time_is_number else "_at"
+    own = "_time" if time_is_number else "coalesce(_time, _at)"  # when it was predicted, as the monitor speaks of it
     recent = "_fresh" if since_us is None else f"coalesce({own} >= {since_us!r}, _fresh)"
     db.execute(
         f"CREATE TABLE ranked AS SELECT *, row_number() OVER (ORDER BY {order}) AS _n, coalesce({fresh}, FALSE) AS _fresh FROM kept"

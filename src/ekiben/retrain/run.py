@@ -27,7 +27,7 @@ from ..settings import load_settings
 # %% auto #0
 __all__ = ['Retraining', 'retrain']
 
-# %% ../../../nbs/library/retrain/run.ipynb #73caffe6
+# %% ../../../nbs/library/retrain/run.ipynb #b0f3398d
 class Retraining:
     """One retraining of a project, under its lock.
 
@@ -95,7 +95,7 @@ class Retraining:
         if table is not None:
             self.say(f"carrying on {table.id}, which was interrupted")
             return table
-        since, why, is_told = self._since(champion)
+        since, why = self._since(champion)
         groups, who = _restricted(self.settings)
         challenger = self.registry.holder(self.settings.pipeline.name, "challenger")
         self.say("gathering rows")
@@ -110,7 +110,6 @@ class Retraining:
             who=who,
             since=since,
             since_why=why,
-            by_prediction=is_told,
             told_after=champion.table.made if champion.table else "",
             seen_until=seen_until(self.layout, champion, self.settings.columns.time),
             champion=champion.version,
@@ -118,17 +117,17 @@ class Retraining:
             request=request,
         )
 
-    def _since(self, champion: Champion) -> tuple[str, str, bool]:
-        """Return where recent begins, why there, and whether that is a time of predictions."""
+    def _since(self, champion: Champion) -> tuple[str, str]:
+        """Return where recent begins, and why there."""
         for text, why in ((self.options["since"], "as --since says"), (self.section.since, "as [retrain] since says")):
             if text:
                 try:
-                    return moment(text).isoformat(), why, False
+                    return moment(text).isoformat(), why
                 except ValueError:
                     raise UsageError(f"`{text}` is no moment; write 2026-11-27 or 2026-11-27T14:00") from None
         if found := began(latest_look(self.root), champion.trained):
-            return found, "the drift began there, says `ekiben monitor`", True
-        return "", "no drift is known, so recent is what is new for the champion", False
+            return found, "the drift began there, says `ekiben monitor`"
+        return "", "no drift is known, so recent is what is new for the champion"
 
     def _run(self, overrides: dict[str, str], *, until: str = "", loud: bool = False) -> Run:
         from ekiben.runner.jobs import Runner

@@ -65,7 +65,7 @@ def source_batches(settings: Any, location: str) -> Iterator[pa.RecordBatch]:
         joined, _ = join_sources(pa.Table.from_batches([batch]), settings, root=settings.root)
         yield from joined.combine_chunks().to_batches()
 
-# %% ../../../nbs/library/retrain/table.ipynb #5a8ca22f
+# %% ../../../nbs/library/retrain/table.ipynb #e13674f5
 def make_table(
     root: Path,
     settings: Any,
@@ -78,7 +78,6 @@ def make_table(
     who: str = "",
     since: str = "",
     since_why: str = "",
-    by_prediction: bool = False,
     told_after: str = "",
     seen_until: float | None = None,
     **facts: Any,
@@ -104,8 +103,6 @@ def make_table(
     since : str
         Where recent begins, ISO 8601.
     since_why : str
-    by_prediction : bool
-        Whether that speaks of when rows were predicted.
     told_after : str
         When the champion's table was made; truths told later are new.
     seen_until : float, optional
@@ -136,7 +133,7 @@ def make_table(
         parts = arrange(
             db, since_us=moment(since).timestamp() * 1e6 if since else None,
             told_after_us=int(moment(told_after).timestamp() * 1e6) if told_after else 0,
-            seen_until=seen_until, held_out=settings.retrain.held_out, time_is_number=is_number, by_prediction=by_prediction,
+            seen_until=seen_until, held_out=settings.retrain.held_out, time_is_number=is_number,
         )  # fmt: skip
         write_parts(db, folder / "rows", fields, columns, parts, time_is_number=is_number)
         notes += _notes(stage, copies, fields, columns)
