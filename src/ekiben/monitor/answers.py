@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import duckdb
 
 # %% auto #0
-__all__ = ['LARGEST', 'open_answered', 'within', 'rows_by_version', 'Answers', 'read_answers']
+__all__ = ['LARGEST', 'open_answered', 'within', 'rows_by_version', 'rows_by_part', 'Answers', 'read_answers']
 
 # %% ../../../nbs/library/monitor/answers.ipynb #ba3261d0
 def open_answered(journal: Path, options: JournalOptions | None = None) -> duckdb.DuckDBPyConnection:
@@ -54,7 +54,17 @@ def rows_by_version(db: duckdb.DuckDBPyConnection, begin: datetime, end: datetim
     query = f"SELECT _version, count(*) n FROM answered WHERE {within(begin, end)} GROUP BY 1 ORDER BY n DESC, 1"
     return {version or "": n for version, n in db.execute(query).fetchall()}
 
-# %% ../../../nbs/library/monitor/answers.ipynb #936eabab
+# %% ../../../nbs/library/monitor/answers.ipynb #63fd8efd
+def rows_by_part(db: duckdb.DuckDBPyConnection, begin: datetime, end: datetime, edges: np.ndarray) -> np.ndarray:
+    """Return how many rows were answered in each part of a window, (parts,) int, whichever version did."""
+    first, width = int(edges[0]), (int(edges[-1]) - int(edges[0])) / (len(edges) - 1)
+    query = f"SELECT floor((epoch_us(_time) - {first}) / {width!r})::BIGINT AS part, count(*) AS n FROM answered WHERE {within(begin, end)} GROUP BY 1"
+    out = np.zeros(len(edges) - 1, dtype=np.int64)
+    for part, n in db.execute(query).fetchall():
+        out[min(max(part, 0), len(out) - 1)] += n
+    return out
+
+# %% ../../../nbs/library/monitor/answers.ipynb #a7eb1e97
 @dataclass(frozen=True)
 class Answers:
     """Answered rows, oldest first.
@@ -108,7 +118,7 @@ class Answers:
         """(n,) int64 class index, or float: of labelled rows only."""
         return self.y if self.task == "regression" else self.y.astype(np.int64)
 
-# %% ../../../nbs/library/monitor/answers.ipynb #e1b2f123
+# %% ../../../nbs/library/monitor/answers.ipynb #6c07b9d9
 LARGEST = 1_000_000
 
 
@@ -179,7 +189,7 @@ def _predictions(schema: Schema, names: set[str]) -> list[str]:
         for i, name in enumerate(schema.classes)
     ]
 
-# %% ../../../nbs/library/monitor/answers.ipynb #201180b2
+# %% ../../../nbs/library/monitor/answers.ipynb #55ff153f
 def _as_answers(found: dict[str, Any], schema: Schema, groups: list[str], share: float) -> Answers:
     def floats(name: str) -> np.ndarray:
         return np.ma.filled(np.ma.asarray(found[name]).astype(float), np.nan)

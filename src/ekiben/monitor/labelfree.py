@@ -10,40 +10,36 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..records import Measure, Record, Task
+from ..records import Measure, Task
+from ..reference import Calibration
 
 # %% auto #0
-__all__ = ['Calibration', 'estimate_quality']
+__all__ = ['Belief', 'estimate_quality']
 
-# %% ../../../nbs/library/monitor/labelfree.ipynb #d214fded
-class Calibration(Record, frozen=True):
-    """Predicted against observed on held-out rows, by bin of the prediction; for several classes of the most probable one.
+# %% ../../../nbs/library/monitor/labelfree.ipynb #9c4ad174
+class Belief:
+    """How far a model's probabilities may be believed.
 
-    Attributes
+    Parameters
     ----------
-    rows : tuple of int
-    predicted, observed : tuple of float
-        Mean prediction and share in which it happened, by bin; bins without rows are left out.
+    calibration : Calibration
+        Of the bundle's reference: predicted against seen on held-out rows; of several classes, of the most probable one.
     """
 
-    rows: tuple[int, ...]
-    predicted: tuple[float, ...]
-    observed: tuple[float, ...]
-
-    def shift(self, observed: np.ndarray, probability: np.ndarray) -> np.ndarray:
-        """Return probabilities (n,) shifted by the distance between `observed` (bins,) and predicted."""
-        gap = observed - np.asarray(self.predicted)
-        return np.clip(probability + np.interp(probability, self.predicted, gap), 0.0, 1.0)
-
-    @property
-    def rising(self) -> np.ndarray:
-        """The observed shares made to rise with the prediction: isotonic regression, weighted by rows."""
+    def __init__(self, calibration: Calibration) -> None:
         from scipy.optimize import isotonic_regression
 
-        return np.asarray(isotonic_regression(np.asarray(self.observed), weights=np.asarray(self.rows, dtype=float)).x)
+        own = [i for i, n in enumerate(calibration.rows) if n]
+        self.rows = np.array([calibration.rows[i] for i in own], dtype=float)
+        self.said, self.seen = (np.array([values[i] for i in own], dtype=float) for values in (calibration.said, calibration.seen))
+        self.rising = np.asarray(isotonic_regression(self.seen, weights=self.rows).x) if len(own) else self.seen
+
+    def shift(self, seen: np.ndarray, probability: np.ndarray) -> np.ndarray:
+        """Return probabilities (n,) shifted by the distance between `seen` (bins,) and what was said."""
+        return np.clip(probability + np.interp(probability, self.said, seen - self.said), 0.0, 1.0)
 
     def calibrate(self, probability: np.ndarray) -> np.ndarray:
-        """Return the calibrated probabilities (n,) of these."""
+        """Return the calibrated probabilities (n,) of these; what was seen is made to rise with what was said."""
         return self.shift(self.rising, probability)
 
 # %% ../../../nbs/library/monitor/labelfree.ipynb #c3a02e79
@@ -121,8 +117,9 @@ def estimate_quality(
     list of Measure
         Named as `ekiben.metrics.quality` names them; `note` says that they are estimates.
     """
-    if task == "regression" or calibration is None or not len(decision) or not calibration.rows:
+    if task == "regression" or calibration is None or not len(decision) or not any(calibration.rows):
         return []
+    belief = Belief(calibration)
     if task == "binary":
         cells = _cells_of(np.asarray(prediction, dtype=float), np.asarray(decision) == 1)
         wanted: Sequence[str] = ()
@@ -133,9 +130,9 @@ def estimate_quality(
             return []
         cells = _cells_of(np.asarray(prediction, dtype=float).max(axis=1), np.ones(len(top), dtype=bool))
         wanted = ("accuracy",)
-    sure = calibration.calibrate(cells.mean)
+    sure = belief.calibrate(cells.mean)
     found = _figures(cells, cells.rows * sure, cells.rows * sure * (1 - sure))
-    drawn = _figures(cells, _draw(cells, calibration, replicates, seed))
+    drawn = _figures(cells, _draw(cells, belief, replicates, seed))
     tail = (1 - confidence) / 2
     out = []
     for name, value in found.items():
@@ -148,11 +145,11 @@ def estimate_quality(
     return out
 
 
-def _draw(cells: _Cells, calibration: Calibration, replicates: int, seed: int) -> np.ndarray:
+def _draw(cells: _Cells, belief: Belief, replicates: int, seed: int) -> np.ndarray:
     """Return (replicates, cells) counts of what may happen."""
     rng = np.random.default_rng(seed)
-    rows, observed = np.asarray(calibration.rows, dtype=float), np.asarray(calibration.observed)
-    drawn = rng.beta(rows * observed + 0.5, rows * (1 - observed) + 0.5, size=(replicates, len(rows)))
-    middle = (rows * observed + 0.5) / (rows + 1)
-    chances = np.stack([calibration.shift(calibration.rising + d - middle, cells.mean) for d in drawn])
+    rows, seen = belief.rows, np.clip(belief.seen, 0.0, 1.0)
+    drawn = rng.beta(rows * seen + 0.5, rows * (1 - seen) + 0.5, size=(replicates, len(rows)))
+    middle = (rows * seen + 0.5) / (rows + 1)
+    chances = np.stack([belief.shift(belief.rising + d - middle, cells.mean) for d in drawn])
     return rng.binomial(cells.rows, chances)

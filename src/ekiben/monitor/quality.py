@@ -13,12 +13,14 @@ from ..gates import METRICS, Gate, judge
 from ..intervals import z_value
 from ..metrics import quality
 from .answers import Answers
+from .labelfree import estimate_quality
 from .period import iso
 from .records import Part
 from ..records import Judgement, Measure, Task
+from ..reference import Calibration
 
 # %% auto #0
-__all__ = ['WATCHED', 'LEAST', 'measure_answers', 'measure_parts', 'worse_than', 'missed_gates', 'since_when']
+__all__ = ['WATCHED', 'LEAST', 'measure_answers', 'measure_parts', 'estimate_parts', 'worse_than', 'missed_gates', 'since_when']
 
 # %% ../../../nbs/library/monitor/quality.ipynb #d4b89360
 WATCHED: dict[str, tuple[str, ...]] = {
@@ -65,7 +67,18 @@ def measure_parts(
         out.append(Part(since=iso(own.time[0]), until=iso(own.time[-1]), rows=len(own), measures=found))
     return out
 
-# %% ../../../nbs/library/monitor/quality.ipynb #a6b7975b
+# %% ../../../nbs/library/monitor/quality.ipynb #15658ebf
+def estimate_parts(answers: Answers, calibration: Calibration | None, edges: np.ndarray, *, confidence: float = 0.95, seed: int = 0) -> list[Part]:
+    """Estimate the figures of each part of the window without labels, between the `edges` (parts + 1,) [µs since 1970]."""
+    out = []
+    for first, last in zip(edges[:-1], edges[1:], strict=True):
+        own = answers.where((answers.time >= first) & (answers.time < last))
+        if len(own) >= LEAST:
+            found = estimate_quality(own.prediction, own.decision, own.task, calibration, confidence=confidence, seed=seed, replicates=100)
+            out.append(Part(since=iso(first), until=iso(last), rows=len(own), measures=found))
+    return [part for part in out if part.measures]
+
+# %% ../../../nbs/library/monitor/quality.ipynb #45ef9006
 def worse_than(measures: Sequence[Measure], reference: Sequence[Measure], task: Task, *, chance: float, confidence: float) -> list[Judgement]:
     """Return the watched figures that are worse than at packaging, beyond chance.
 
@@ -116,7 +129,7 @@ def missed_gates(measures: Iterable[Measure], gates: Iterable[Gate]) -> list[Jud
     judged = [judge(gate, measures) for gate in gates if not gate.slice and not gate.is_of_service]
     return [j for j in judged if j.verdict == "fail"]
 
-# %% ../../../nbs/library/monitor/quality.ipynb #784685ea
+# %% ../../../nbs/library/monitor/quality.ipynb #8db2dd7a
 def since_when(parts: Sequence[Part], judgement: Judgement) -> str:
     """Return when a figure left its limit: the beginning of the first part beyond half of its worst distance; or ``""``."""
     sign = 1.0 if judgement.op == ">=" else -1.0

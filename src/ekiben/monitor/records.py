@@ -104,14 +104,10 @@ class InputQuality(Record, frozen=True):
     ----------
     missing, unseen, out_of_range : float
         Shares of rows: no value; a category that training never saw; a number or date outside training's range.
-    reference_missing, reference_unseen, reference_out_of_range : float
-        The same at training.
-    p_value : float
-        Of the worst of the three risen by chance (Fisher's exact test, one-sided).
-    worst : {"", "missing", "unseen", "range"}
-        Which of them rose beyond chance; empty: none.
-    since : str
-        Beginning of the first part of the window that shows it.
+    reference_missing : float
+        Share without a value at training.
+    parts : list of list of float
+        The three shares in each part of the window.
     """
 
     column: str
@@ -120,49 +116,53 @@ class InputQuality(Record, frozen=True):
     unseen: float = 0.0
     out_of_range: float = 0.0
     reference_missing: float = 0.0
-    reference_unseen: float = 0.0
-    reference_out_of_range: float = 0.0
-    p_value: float = 1.0
-    worst: Literal["", "missing", "unseen", "range"] = ""
-    since: str = ""
+    parts: list[list[float]] = []
 
 
 class DriftSeen(Record, frozen=True):
-    """How far a column, or the prediction, lies from the reference.
+    """How far a column, or the prediction, lies from the reference; see ``ekiben.monitor.drift``.
 
     Attributes
     ----------
     column : str
     kind : str
-        ``number``, ``category`` …, or ``prediction``.
+        Of the column: ``number``, ``category`` …
     statistic : str
-        The test: ``ks`` or ``chi2``.
+        The test that speaks most against chance: ``shape``, ``shift``, ``level``, ``missing``, ``unseen``, ``range``.
+    value : float
+        That test's statistic.
+    size, floor : float
+        The share of rows by which the distribution changed, and the least such share that matters.
     psi, distance : float
-        Population stability index; distance between the distributions, 0 to 1.
-    p_value : float
-        Before the correction for the number of columns.
-    limit : float
-        The p-value below which a column counts as moved, correction included.
+        Population stability index; distance between the distributions.
+    p_value, limit : float
+        Corrected for all tests of all columns; at or below `limit` it is drift, when `size` reaches `floor` too.
     is_drifting : bool
     says : str
         In words.
-    parts : list of float
-        The index of each part of the window; NaN is written as null.
     since : str
-        Beginning of the first part that is beyond chance by itself; empty: none is.
+        When it began, ISO 8601; empty: before the window, or not at all.
+    where : str
+        SQL condition for the rows that show it most.
+    parts : list of float or None
+        The index in each part of the window; None where it had no rows.
     """
 
     column: str
     kind: str
     statistic: str = ""
+    value: float = 0.0
+    size: float = 0.0
+    floor: float = 0.0
     psi: float = 0.0
     distance: float = 0.0
     p_value: float = 1.0
     limit: float = 0.0
     is_drifting: bool = False
     says: str = ""
-    parts: list[float | None] = []
     since: str = ""
+    where: str = ""
+    parts: list[float | None] = []
 
 # %% ../../../nbs/library/monitor/records.ipynb #23300a84
 class Part(Record, frozen=True):
@@ -186,13 +186,17 @@ class Quality(Record, frozen=True):
     parts : list of Part
         Over time, by when the rows were answered.
     sequential : dict
-        Of the sequential test: whether and when the loss rose, and by how much.
+        Of the test that may be looked at any time: whether and when the loss rose, and by how much.
+    shifts : list of dict
+        Loss and residual beside the reference's, as ``ekiben.monitor.concept.Shift``.
     concept : list of dict
-        Inputs for which the residuals moved: ``column``, ``bin``, ``p_value``, ``limit``, ``is_drifting``, ``says``.
+        Residuals by input, as ``ekiben.monitor.concept.ResidualDrift``.
     estimated : list of Measure
         What the model's own probabilities promise for all rows of the window, where it is calibrated.
     estimated_labelled : list of Measure
         The same for the labelled rows, to be held against `measures`.
+    estimated_parts : list of Part
+        The estimate over time.
     worse : list of Judgement
         Figures that are surely worse than the reference, or miss a declared gate.
     note : str
@@ -202,9 +206,11 @@ class Quality(Record, frozen=True):
     reference: list[Measure] = []
     parts: list[Part] = []
     sequential: dict[str, Any] = {}
+    shifts: list[dict[str, Any]] = []
     concept: list[dict[str, Any]] = []
     estimated: list[Measure] = []
     estimated_labelled: list[Measure] = []
+    estimated_parts: list[Part] = []
     worse: list[Judgement] = []
     note: str = ""
 

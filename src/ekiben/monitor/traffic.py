@@ -23,7 +23,7 @@ __all__ = ['read_telemetry', 'quantile_of', 'measure_traffic']
 # %% ../../../nbs/library/monitor/traffic.ipynb #130543f8
 def read_telemetry(journal: Path, begin: datetime, end: datetime) -> list[dict[str, Any]]:
     """Return the lines of the service's log whose end (`at`) lies in a window, in the order of time."""
-    found = []
+    found: list[dict[str, Any]] = []
     day, last = begin.date(), end.date()
     while day <= last:
         path = Path(journal) / "telemetry" / f"{day:%Y%m%d}.jsonl"
@@ -128,7 +128,7 @@ def _latency(lines: Iterable[dict[str, Any]], q: float) -> float | None:
             continue  # a service of another version counted in other bins
         edges = list(told["edges"])
         total = counts if total is None else total + counts
-    return None if total is None else quantile_of(edges, total, q)
+    return None if total is None else quantile_of(edges, total.tolist(), q)
 
 
 def _part(lines: list[dict[str, Any]], rows: int, first: Any, last: Any, is_kept: bool) -> TrafficPart:
