@@ -1679,6 +1679,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                            'ekiben/monitor/concept.py'),
                                         'ekiben.monitor.concept._Found.__init__': ( 'library/monitor/concept.html#_found.__init__',
                                                                                     'ekiben/monitor/concept.py'),
+                                        'ekiben.monitor.concept._cut': ('library/monitor/concept.html#_cut', 'ekiben/monitor/concept.py'),
                                         'ekiben.monitor.concept._in_words': ( 'library/monitor/concept.html#_in_words',
                                                                               'ekiben/monitor/concept.py'),
                                         'ekiben.monitor.concept._residual_tests': ( 'library/monitor/concept.html#_residual_tests',
