@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import drifting
@@ -14,19 +13,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ekiben.columns import Columns
-from ekiben.errors import DataError, UsageError
 from ekiben.monitor.concept import compare_labels, merge_bins, residual_drift
 from ekiben.monitor.counting import Binner, Counts, count_columns
 from ekiben.monitor.drift import ColumnDrift, Floor, compare_window, holm
 from ekiben.monitor.labels import label_columns
 from ekiben.monitor.onset import onset
-from ekiben.monitor.sequential import follow
-from ekiben.monitor.streaming import Chosen, open_window, rows_showing
-from ekiben.monitor.twosample import column_tests, distance_of, level_test, shape_test, share_p_values, shift_test
-from ekiben.monitor.window import WindowCounts, read_window
+from ekiben.monitor.twosample import distance_of, level_test, shape_test, share_p_values, shift_test
 from ekiben.profile import ColumnProfile, Profile, profile_column, profile_of
 from ekiben.records import Field, Schema
-from ekiben.reference import LEAST, Moments, Reference, bin_places, losses_of, reference_of, residuals_of, said_of
+from ekiben.reference import Reference, bin_places, reference_of
 
 HISTOGRAMS = st.integers(2, 30).flatmap(
     lambda k: st.tuples(*[st.lists(st.integers(0, 500), min_size=k, max_size=k).map(np.array) for _ in range(2)])
@@ -218,7 +213,7 @@ def test_a_window_without_rows_or_a_profile_of_nothing_says_nothing() -> None:
 
 
 def test_what_is_found_can_be_written_as_json_whatever_the_columns(worlds) -> None:
-    profile, reference = worlds[0]
+    profile, _ = worlds[0]
     c = drifting.draw(300, 3, shift=3.0, gone=True)
     for d in compare_window(profile, count_columns(profile, c, drifting.say(c))):
         assert ColumnDrift.from_json(d.to_json()) == d
