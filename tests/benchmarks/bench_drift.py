@@ -1,7 +1,7 @@
 """Drift: how often it is seen where there is none, how fast a table is compared, and a journal of ten million rows.
 
-Run with ``python tests/benchmarks/bench_drift.py [windows|table|journal]``; without a word, all three. The journal takes
-about 1 GB under the temporary folder and is removed at the end.
+Run with ``python tests/benchmarks/bench_drift.py [windows|table|journal [ROWS]]``; without a word, all three. The journal
+lies under the temporary folder and is removed at the end.
 """
 
 from __future__ import annotations
@@ -105,22 +105,22 @@ def raw_rows(before: Columns, now: Columns) -> None:
             stats.chi2_contingency(both.to_numpy().T)
 
 
-def journal() -> None:
+def journal(rows: int = JOURNAL) -> None:
     """Print rows a second and memory for a journal of ten million rows; the counting is a process of its own."""
     folder = Path(tempfile.mkdtemp(prefix="bench-drift-"))
     try:
         begun = time.perf_counter()
-        profile = write_journal(folder / "journal")
+        profile = write_journal(folder / "journal", rows)
         (folder / "profile.json").write_bytes(profile)
         size = sum(p.stat().st_size for p in (folder / "journal").rglob("*.parquet"))
-        print(f"{JOURNAL:,} journalled rows × {COLUMNS} columns, {size / 1e6:,.0f} MB (written in {time.perf_counter() - begun:.0f} s)")
+        print(f"{rows:,} journalled rows × {COLUMNS} columns, {size / 1e6:,.0f} MB (written in {time.perf_counter() - begun:.0f} s)")
         for share in (0.1, 1.0):
             subprocess.run([sys.executable, __file__, "count", str(folder), str(share)], check=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_journal(folder: Path) -> bytes:
+def write_journal(folder: Path, rows: int) -> bytes:
     """Write sealed files of predictions, one day after the other, and return the profile of such rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -140,9 +140,9 @@ def write_journal(folder: Path) -> bytes:
     base = {n: rng.normal(size=FILE) for n in numbers} | {n: rng.integers(0, 20, FILE) for n in texts}
     said = rng.random(FILE)
     first = np.datetime64("2026-01-01", "us")
-    for number in range(JOURNAL // FILE):
+    for number in range(rows // FILE):
         turn = rng.integers(FILE)  # other rows beside each other, without drawing all anew
-        at = first + (np.arange(number * FILE, (number + 1) * FILE) * (DAYS * 86_400_000_000 // JOURNAL)).astype("timedelta64[us]")
+        at = first + (np.arange(number * FILE, (number + 1) * FILE) * (DAYS * 86_400_000_000 // rows)).astype("timedelta64[us]")
         arrays = {
             "_id": pa.array(np.char.mod("%032d", np.arange(number * FILE, (number + 1) * FILE))),
             "_time": pa.array(at, pa.timestamp("us", tz="UTC")),
@@ -179,6 +179,8 @@ def count(folder: str, share: str) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["count"]:
         count(*sys.argv[2:4])
+    elif sys.argv[1:2] == ["journal"]:
+        journal(*map(int, sys.argv[2:3]))
     else:
         for part in sys.argv[1:] or ["windows", "table", "journal"]:
             {"windows": windows, "table": table, "journal": journal}[part]()

@@ -145,9 +145,9 @@ def answer_columns(names: Iterable[str], predictions: Iterable[str]) -> dict[str
 # %% ../../../nbs/library/monitor/streaming.ipynb #fdd65108
 def stream(connection: duckdb.DuckDBPyConnection, query: str, *, batch: int = BATCH) -> Iterator[pa.RecordBatch]:
     """Yield the rows of a query as Arrow batches."""
-    cursor = connection.cursor().execute(query)
-    cursor_: Any = cursor  # DuckDB before 1.5 calls it otherwise
-    yield from (cursor_.to_arrow_reader if hasattr(cursor_, "to_arrow_reader") else cursor_.fetch_record_batch)(batch)
+    relation: Any = connection.cursor().sql(query)
+    if relation is not None:
+        yield from (relation.to_arrow_reader if hasattr(relation, "to_arrow_reader") else relation.fetch_arrow_reader)(batch)
 
 # %% ../../../nbs/library/monitor/streaming.ipynb #dc7e98bc
 def stream_labelled(
