@@ -145,9 +145,8 @@ def answer_columns(names: Iterable[str], predictions: Iterable[str]) -> dict[str
 # %% ../../../nbs/library/monitor/streaming.ipynb #fdd65108
 def stream(connection: duckdb.DuckDBPyConnection, query: str, *, batch: int = BATCH) -> Iterator[pa.RecordBatch]:
     """Yield the rows of a query as Arrow batches."""
-    cursor = connection.cursor().execute(query)
-    cursor_: Any = cursor  # DuckDB before 1.5 calls it otherwise
-    yield from (cursor_.to_arrow_reader if hasattr(cursor_, "to_arrow_reader") else cursor_.fetch_record_batch)(batch)
+    found: Any = connection.cursor().sql(query)  # DuckDB before 1.5 calls the reader otherwise
+    yield from (found.to_arrow_reader if hasattr(found, "to_arrow_reader") else found.fetch_record_batch)(batch)
 
 # %% ../../../nbs/library/monitor/streaming.ipynb #dc7e98bc
 def stream_labelled(
