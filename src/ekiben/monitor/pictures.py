@@ -13,7 +13,7 @@ import numpy as np
 
 from .counting import Counts
 from .records import DriftSeen, Part, Quality, Traffic
-from ..palette import ACCENT, BAD, FAINT, MUTED, WARN, new_picture, short
+from ..palette import ACCENT, BAD, FAINT, MUTED, WARN, new_picture
 from ..profile import ColumnProfile, Profile
 from ..records import Measure
 
@@ -229,8 +229,11 @@ def _draw_column(ax: Axes, column: ColumnProfile, counts: np.ndarray) -> None:
 
 def _draw_steps(ax: Axes, column: ColumnProfile, before: np.ndarray, now: np.ndarray) -> None:
     cuts = np.array(column.cuts)
-    # Bins of equally many rows have very unequal widths; a picture of densities would be all spikes: equal-width cells instead.
-    cells = np.linspace(cuts[0], cuts[-1], 25)
+    # Bins of equally many rows have very unequal widths, and densities would be all spikes: cells of equal width instead,
+    # over what most rows lie in, so that a long tail does not take the whole picture.
+    middle, low, high = cuts[len(cuts) // 2], cuts[1], cuts[-2]
+    ends = max(cuts[0], low - 1.5 * (middle - low)), min(cuts[-1], high + 1.5 * (high - middle))
+    cells = np.linspace(*(ends if ends[1] > ends[0] else (cuts[0], cuts[-1])), 25)
     for shares, shade, alpha in ((before, MUTED, 0.35), (now, ACCENT, 0.0)):
         cumulated = np.concatenate([[0.0], np.cumsum(shares[1 : len(cuts)])])
         heights = np.diff(np.interp(cells, cuts, cumulated))
@@ -244,4 +247,4 @@ def _draw_steps(ax: Axes, column: ColumnProfile, before: np.ndarray, now: np.nda
     if column.kind == "date":
         ax.xaxis.set_major_formatter(lambda v, _: str(np.datetime64(int(v), "s").astype("datetime64[D]")))
     else:
-        ax.xaxis.set_major_formatter(lambda v, _: short(v))
+        ax.xaxis.set_major_formatter(lambda v, _: f"{v:,.6g}")
