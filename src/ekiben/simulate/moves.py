@@ -32,7 +32,7 @@ def look(operator: Operator, since: str, until: str) -> MonitorReport:
     StepError
         When the look itself failed; an alert (exit code 3) is no failure.
     """
-    operator.do("monitor", "--since", since, "--until", until, fine=(0, 3), nice=5)
+    operator.do("monitor", "--since", since, "--until", until, fine=(0, 3))
     path = operator.root / "reports" / "monitor" / "latest.json"
     if not path.is_file():
         raise ServiceError(f"`ekiben monitor` left no report in `{path}`")
