@@ -26,7 +26,7 @@ from .labels import Due, LabelQueue
 from .traffic import Asked, Traffic
 
 # %% auto #0
-__all__ = ['Reply', 'Played', 'Orders', 'Callers']
+__all__ = ['IDLE_S', 'Reply', 'Played', 'Orders', 'Callers']
 
 # %% ../../../nbs/library/simulate/client.ipynb #18acb409
 @dataclass
@@ -157,7 +157,8 @@ class _Keeper:
             failed=self.failed, late=flat(self.late, np.float64), labels_failed=self.labels_failed, waiting=waiting, ids=self.ids,
         )  # fmt: skip
 
-# %% ../../../nbs/library/simulate/client.ipynb #7c7fddda
+# %% ../../../nbs/library/simulate/client.ipynb #f0fc280e
+IDLE_S = 1.0  # uvicorn closes a connection after five
 Reply = Callable[[int, bytes, str], None]
 
 
@@ -168,7 +169,7 @@ class _Connection(asyncio.Protocol):
         self.pool = pool
         self.transport: Any = None
         self.reply: Reply | None = None
-        self.began = 0.0
+        self.began = self.used = 0.0
         self.raw = b""
 
     def connection_made(self, transport: Any) -> None:
@@ -188,6 +189,7 @@ class _Connection(asyncio.Protocol):
             return None
         reply, raw, self.reply, self.raw = self.reply, self.raw, None, b""
         status, stays_open = said
+        self.used = time.monotonic()
         if stays_open:
             self.pool.idle.append(self)
         else:
@@ -242,6 +244,7 @@ class _Pool:
             if self.queue:  # a service that is not there: whoever waited longest is told so
                 self.queue.popleft()[1](0, b"", "connection")
             return
+        made.used = time.monotonic()
         self.all.add(made)
         self.idle.append(made)
         self.work()
@@ -252,10 +255,13 @@ class _Pool:
             self.idle.remove(connection)
 
     def give_up(self) -> None:
-        """End what takes too long."""
-        old = time.monotonic() - self.timeout_s
-        for connection in [c for c in self.all if c.reply is not None and c.began < old]:
+        """End what takes too long, and close what was idle so long that the service may be about to close it."""
+        now = time.monotonic()
+        for connection in [c for c in self.all if c.reply is not None and c.began < now - self.timeout_s]:
             connection.end("timeout")
+        for connection in [c for c in self.idle if c.used < now - IDLE_S]:
+            self.idle.remove(connection)
+            connection.transport.close()
 
     @property
     def on_their_way(self) -> int:
@@ -354,7 +360,8 @@ class _Client:
         keeper = self.keeper
         places = Counter(keeper.version)
         by_version = {name: places[i] for name, i in keeper.versions.items()}
-        return {"sent": self.sent, "answered": len(keeper.at), "failed": len(keeper.failed), "labels": len(keeper.late),
+        whys = dict(Counter(why for _, why in keeper.failed))
+        return {"whys": whys, "sent": self.sent, "answered": len(keeper.at), "failed": len(keeper.failed), "labels": len(keeper.late),
                 "labels_failed": len(keeper.labels_failed), "waiting": len(self.labels), "versions": by_version}  # fmt: skip
 
     @property
