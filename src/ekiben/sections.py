@@ -124,6 +124,7 @@ class ServeSection(Section):
     retention_days: int = Field(365, ge=0, description="days that the journal is kept (0: for ever)")
     encryption: bool = Field(False, description="encrypt the sealed part of the journal")
     trusted_keys: tuple[str, ...] = Field((), description="public keys, or files of them, whose signed Bentos are served too")
+    trusted_types: tuple[str, ...] = Field((), description="types that a stored estimator may hold, by their full names: pkg.module.Class")
     keys: str = Field("", description="file with the API keys (default: .ekiben/keys.json)")
     rate_limit: float = Field(0, ge=0, description="requests a second for each key (0: any number)")
     tls_certificate: str = Field("", description="PEM file of the certificate; with tls_key, the service speaks HTTPS")
@@ -141,6 +142,23 @@ class MonitorSection(Section):
 # %% ../../nbs/library/sections.ipynb #a1c0de01
 class RetrainSection(Section):
     """``[retrain]``: when a model is trained anew, and on which rows."""
+
+    when: tuple[Literal["schedule", "drift", "quality", "rows"], ...] = Field(
+        ("drift", "quality"), description="what makes `ekiben retrain --if-due` train: schedule, drift, quality, rows"
+    )
+    every_days: float = Field(30.0, gt=0, description="schedule: days between two trainings")
+    every_rows: int = Field(5000, ge=1, description="rows: so many new labelled rows are reason enough")
+    min_rows: int = Field(200, ge=20, description="with fewer new labelled rows nothing is trained")
+    rows: Literal["auto", "all", "recent"] = Field("auto", description="which rows train: auto (the better of both) | all | recent")
+    since: str = Field("", description="recent means from this moment on (default: since the drift, else since the last training)")
+    mode: Literal["auto", "full", "incremental"] = Field(
+        "auto", description="full: a new search; incremental: the champion's trees go on; auto: the better of both"
+    )
+    held_out: float = Field(0.3, gt=0.05, lt=0.9, description="share of the new rows, the latest, that champion and challenger meet on")
+    search: float = Field(0.3, gt=0, le=1, description="share of [tune] budget_s or trials that a search needs that starts warm")
+    max_invalid: float = Field(0.2, ge=0, le=1, description="a larger share of new rows that break the schema is a broken feed")
+    promote: bool = Field(True, description="one that is better becomes champion at once, where `ekiben deploy` does not roll it out")
+    keep: int = Field(3, ge=1, description="tables of so many trainings are kept")
 
 # %% ../../nbs/library/sections.ipynb #a1c0de02
 class DeploySection(Section):

@@ -17,7 +17,9 @@ from ..columns import Columns
 from ..encoding import Preprocessor
 from ..errors import IntegrityError
 from ..records import Policy, Record, Schema, Task
-from .code import load_code, third_party
+from ..reference import Reference
+from ..portable import load_code, third_party
+from ..skopsfile import packages_of
 from .integrity import open_folder, seal_folder
 from .signing import Seal, open_signed
 from .trust import Trust
@@ -84,7 +86,7 @@ class BundleInfo(Record, frozen=True):
     limits : Limits
     lineage : Lineage
     needs : tuple of str
-        Packages that the user's code imports beside NumPy.
+        Packages, beside NumPy and scikit-learn's own, that the user's code imports and that the model's types are of.
     format : int
         Version of the bundle's form.
     """
@@ -156,6 +158,12 @@ class Bundle:
         return msgspec.json.decode(self.files.get("runtimes.json", b"[]"), type=list[dict[str, Any]])
 
     @cached_property
+    def reference(self) -> Reference | None:
+        """What the held-out rows said, as sums; None in a bundle that was made without."""
+        raw = self.files.get("reference.json", b"")
+        return Reference.from_json(raw) if raw else None
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over all that makes its answers: schema, preprocessing, model, code, policy and limits.
 
@@ -185,6 +193,7 @@ def write_bundle(
     profile: bytes = b"{}",
     card: str = "",
     runtimes: bytes = b"",
+    reference: bytes = b"",
 ) -> Bundle:
     """Write a sealed bundle and return it, read back from disk.
 
@@ -202,7 +211,10 @@ def write_bundle(
         The model card as Markdown.
     runtimes : bytes
         The runtimes that were tried, as JSON.
+    reference : bytes
+        What the held-out rows said, as JSON; see ``ekiben.reference``.
     """
+    kept = model.to_files()
     info = BundleInfo(
         name=name,
         runtime=model.runtime,
@@ -213,7 +225,7 @@ def write_bundle(
         policy=policy,
         limits=limits or Limits(),
         lineage=lineage or Lineage(),
-        needs=tuple(n for n in third_party(code) if n != "numpy"),
+        needs=tuple(sorted({*third_party(code), *packages_of(kept)} - {"numpy"})),
     )
     seal_folder(
         folder,
@@ -225,7 +237,8 @@ def write_bundle(
             "profile.json": profile,
             "card.md": card.encode(),
             **({"runtimes.json": runtimes} if runtimes else {}),
-            **{f"model/{n}": raw for n, raw in model.to_files().items()},
+            **({"reference.json": reference} if reference else {}),
+            **{f"model/{n}": raw for n, raw in kept.items()},
             **{f"code/{n}": text.encode() for n, text in code.items()},
         },
     )

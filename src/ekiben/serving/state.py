@@ -36,6 +36,7 @@ from .telemetry import Telemetry
 from .traces import UNRECORDED
 from .traffic import TrafficLog
 from .trust import Trust, trusted_keys
+from ..trusted import declare_types
 
 # %% auto #0
 __all__ = ['State']
@@ -178,6 +179,8 @@ class State:
         deployment: Path | None,
     ) -> None:
         self.configure(service or ServiceOptions.from_env(os.environ))
+        if self.options.trusted_types:
+            declare_types(self.options.trusted_types)
         hosting = None
         if deployment is not None:
             hosting = Hosting(self, deployment, self.trust or trusted_keys(), journal=journal, options=options)
