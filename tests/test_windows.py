@@ -219,6 +219,19 @@ def test_since_when_and_which_rows_is_said(tmp_path: Path) -> None:
         rows_showing(connection, d.where, chosen, predictions=["prediction"])  # every condition is SQL that the journal takes
 
 
+def test_a_join_larger_than_its_memory_goes_to_disk_beside_the_journal_and_leaves_nothing(tmp_path: Path) -> None:
+    rows = 30_000
+    write_day(tmp_path, draw(rows), answer("binary", rows), truths={i: [(1, "yes")] for i in range(rows)})
+    (tmp_path / ".spill-999999999").mkdir()  # of a process that was killed
+    connection = open_window(tmp_path, memory="16MB")
+    assert not list(tmp_path.glob(".spill-999999999"))
+    profile, ref = reference("binary")
+    window = read_window(connection, DAY, DAY + timedelta(days=1), profile=profile, reference=ref, classes=("no", "yes"))
+    assert window.labelled is not None and window.labelled.total == window.rows == rows
+    connection.close()
+    assert not [p for p in tmp_path.rglob("*") if "spill" in str(p) and p.is_file()]
+
+
 @pytest.mark.parametrize("when", ["yesterday", "2026-13-01", ""])
 def test_what_is_no_time_is_said_in_one_line(when: str) -> None:
     with pytest.raises(UsageError, match="is no time; write it as 2026-03-01"):

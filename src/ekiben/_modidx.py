@@ -2086,6 +2086,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'ekiben/monitor/streaming.py'),
                                           'ekiben.monitor.streaming.as_time': ( 'library/monitor/streaming.html#as_time',
                                                                                 'ekiben/monitor/streaming.py'),
+                                          'ekiben.monitor.streaming.bound_memory': ( 'library/monitor/streaming.html#bound_memory',
+                                                                                     'ekiben/monitor/streaming.py'),
                                           'ekiben.monitor.streaming.columns_of': ( 'library/monitor/streaming.html#columns_of',
                                                                                    'ekiben/monitor/streaming.py'),
                                           'ekiben.monitor.streaming.open_window': ( 'library/monitor/streaming.html#open_window',
