@@ -149,8 +149,7 @@ def draw_drift(drifts: Sequence[DriftSeen], since: str, until: str, *, most: int
     table = np.array([[np.nan if v is None else v for v in d.parts] for d in shown], dtype=float)
     figure, ax = new_picture(7.2, 0.9 + 0.24 * len(shown))
     first, last = (date2num(datetime.fromisoformat(text)) for text in (since, until))
-    tint = LinearSegmentedColormap.from_list("drift", ["#f3f4f8", "#f2cf9c", WARN, BAD, "#7c2410"])
-    tint.set_bad("white")
+    tint = LinearSegmentedColormap.from_list("drift", ["#f3f4f8", "#f2cf9c", WARN, BAD, "#7c2410"]).with_extremes(bad="white")
     image = ax.imshow(np.sqrt(table), aspect="auto", cmap=tint, vmin=0, vmax=1.0, extent=(first, last, len(shown) - 0.5, -0.5), interpolation="none")
     ax.set_yticks(range(len(shown)), [_shortened(d.column) for d in shown])
     for label, d in zip(ax.get_yticklabels(), shown, strict=True):
