@@ -198,7 +198,7 @@ def write_head(ledger: Path, head: Head) -> None:
     os.replace(new, ledger.with_suffix(".head"))
     sync_folder(ledger.parent)
 
-# %% ../../nbs/library/chain.ipynb #9f8b4c06
+# %% ../../nbs/library/chain.ipynb #57226c9f
 class Memory(Record, frozen=True):
     """What this machine knows of a ledger that it wrote to: where it lies, and count and hash of the last entry."""
 
@@ -213,9 +213,16 @@ class Memory(Record, frozen=True):
 
         return config_folder() / "ledgers" / f"{hashlib.sha256(os.fsencode(Path(ledger).resolve())).hexdigest()[:16]}.json"
 
+    @staticmethod
+    def is_kept(ledger: Path) -> bool:
+        """Whether it is worth remembering: not in a folder that `ekiben reproduce` makes and removes again."""
+        return ".ekiben" not in Path(ledger).parts[:-2]
+
     @classmethod
     def read(cls, ledger: Path) -> Memory | None:
         """Return what is known; None when nothing is."""
+        if not cls.is_kept(ledger):
+            return None
         try:
             return cls.from_json(cls.path(ledger).read_bytes())
         except (OSError, IntegrityError):
@@ -224,7 +231,8 @@ class Memory(Record, frozen=True):
     def keep(self) -> None:
         """Write it down; a home that cannot be written to is no reason to stop."""
         with contextlib.suppress(OSError):
-            write_whole(self.path(Path(self.ledger)), self.to_json())
+            if self.is_kept(Path(self.ledger)):
+                write_whole(self.path(Path(self.ledger)), self.to_json())
 
     def contradicts(self, entries: list[Entry]) -> str:
         """Return what is wrong with entries that should go on from here; empty: nothing."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from .accounted import account_key, account_release
 from .bento import build_bento
 from .columns import Columns
 from .encoding import Preprocessor
@@ -24,10 +25,10 @@ from .records import Judgement, Policy, Record, Schema, Task
 from .registry import Registry, Version
 from .resampling import Bootstrap, auc_influence, percentiles
 from .serving.bundle import Bundle, Lineage, Limits, load_bundle, stamp_bundle, write_bundle
-from .serving.code import collect_code
+from .portable import collect_code
 from .serving.served import Served
 from .serving.scorer import Scorer, make_examples
-from .serving.signer import Signer, sign_folder, signing_key
+from .serving.signer import Signer, key_path, sign_folder, signing_key
 from .serving.signing import verify_folder
 from .serving.trust import trusted_keys
 
@@ -312,8 +313,11 @@ def release(
     signer : Signer, optional
         Default: this machine's own, made on first use.
     """
-    info, signer = bundle.info, signer or signing_key()
+    info, has_key = bundle.info, signer is not None or key_path().exists()
+    signer = signer or signing_key()
     assert bundle.folder is not None
+    if not has_key:
+        account_key(registry.root, "made", kind="signing", id=signer.id)
     sign_folder(bundle.folder, signer, kind="bundle", name=info.name)
     version = registry.register(bundle, mlflow_run=mlflow_run)
     champion = registry.holder(info.name, "champion")
@@ -339,6 +343,23 @@ def release(
     if alias == "champion":
         served = Served(bento=bento.tag, name=info.name, version=version.version, digest=bundle.digest)
         write_whole(Served.path(registry.root), served.to_json())
+    account_release(
+        registry.root,
+        name=info.name,
+        version=version.version,
+        digest=bundle.digest,
+        alias=alias,
+        replaces=champion.version if alias == "champion" and champion and champion.version != version.version else "",
+        why=_reason(alias, promote, comparison),
+        is_new=version.is_new,
+        run=info.lineage.run_id,
+        git=info.lineage.git,
+        fingerprint=info.lineage.fingerprint,
+        runtime=info.runtime,
+        bento=bento.tag,
+        signed_by=bento.key,
+        comparison=comparison,
+    )
     return Packaged(
         name=info.name,
         version=version.version,
@@ -352,6 +373,16 @@ def release(
     )
 
 # %% ../../nbs/library/package.ipynb #03b8dd11
+def _reason(alias: str, promote: Promote, comparison: Comparison) -> str:
+    """Return in words why a version is called what it is called."""
+    if comparison.gain is None:
+        return comparison.note
+    figures = f"{comparison.metric} {comparison.gain:+.5f} ({comparison.low:+.5f} … {comparison.high:+.5f}) on {comparison.rows:,} rows"
+    if promote == "if_better":
+        return f"{'better than the champion' if alias == 'champion' else 'not shown to be better'}: {figures}"
+    return f"promote = {promote}; {figures}"
+
+
 def _signed_one(registered: Path, bundle: Bundle, signer: Signer) -> Path:
     """Return what may be signed anew: what was registered, if somebody trusted signed that, else what was just made."""
     assert bundle.folder is not None

@@ -98,6 +98,7 @@ def forget(
 
     Example: ekiben forget customer=17
     """
+    from ekiben.accounted import account_erasure
     from ekiben.erasure import forget as forget_
     from ekiben.prepare.clean import hash_private, private_key
     from ekiben.serving.erase import Person
@@ -108,6 +109,7 @@ def forget(
     if person.column in load_settings(root).columns.private:
         also = [text for text in hash_private([person.value], private_key(root)) if text]
     erasure = forget_(root, who, journal=folder, also=also)
+    account_erasure(root, erasure)
     if json:
         typer.echo(erasure.to_json().decode())
         return
