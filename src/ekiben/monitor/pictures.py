@@ -111,7 +111,8 @@ def draw_quality(quality: Quality, names: Sequence[str], limits: dict[str, float
         estimated = _over_time(quality.estimated_parts, name)
         if estimated:
             ax.plot([at for at, _ in estimated], [m.value for _, m in estimated], linestyle=(0, (4, 2)), color=WARN, linewidth=1.4)
-            _name_line(ax, [at for at, _ in estimated], [m.value for _, m in estimated], "expected", WARN)
+            ax.annotate("expected without labels", (estimated[0][0], estimated[0][1].value), xytext=(0, 5), textcoords="offset points",
+                        fontsize=7.5, color=WARN)  # fmt: skip
         told = _over_time(quality.parts, name)
         for at, m in told:
             ax.plot([at, at], [np.nan if m.low is None else m.low, np.nan if m.high is None else m.high], color=ACCENT, alpha=0.4, linewidth=2.2)
