@@ -226,7 +226,7 @@ def test_labels_that_come_days_later_are_seen_by_the_window_they_come_in(served:
 
 
 def test_versions_are_counted_apart_and_shadow_answers_not_at_all(served: Callable[..., Served]) -> None:
-    pytest.importorskip("ekiben.serving.deployment", reason="this journal knows no roles yet")
+    pytest.importorskip("ekiben.serving.hosting", reason="this journal knows no roles yet")
     project = served()
     end = time.time() - 5
     project.serve(people(600, 18), end=end, version="3", role="champion")
