@@ -125,6 +125,7 @@ class ServeSection(Section):
     retention_days: int = Field(365, ge=0, description="days that the journal is kept (0: for ever)")
     encryption: bool = Field(False, description="encrypt the sealed part of the journal")
     trusted_keys: tuple[str, ...] = Field((), description="public keys, or files of them, whose signed Bentos are served too")
+    trusted_types: tuple[str, ...] = Field((), description="types that a stored estimator may hold, by their full names: pkg.module.Class")
     keys: str = Field("", description="file with the API keys (default: .ekiben/keys.json)")
     rate_limit: float = Field(0, ge=0, description="requests a second for each key (0: any number)")
     tls_certificate: str = Field("", description="PEM file of the certificate; with tls_key, the service speaks HTTPS")

@@ -12,10 +12,10 @@ from scipy import special
 
 from .drift import holm
 from .labels import Labelled
+from .streaming import sql_name, sql_text
 from ..profile import ColumnProfile, Profile
 from ..records import Record
 from ..reference import LEAST, BinSums, Reference
-from ..serving.seal import column_name
 
 # %% auto #0
 __all__ = ['Shift', 'compare_labels', 'ResidualDrift', 'merge_bins', 'residual_drift']
@@ -51,7 +51,7 @@ class Shift(Record, frozen=True, kw_only=True):
     is_drifting: bool = False
 
 # %% ../../../nbs/library/monitor/concept.ipynb #de8d3c69
-def compare_labels(reference: Reference, labelled: Labelled, *, alpha: float = 0.005, floor: float = 0.05) -> list[Shift]:
+def compare_labels(reference: Reference, labelled: Labelled, *, alpha: float = 0.0025, floor: float = 0.05) -> list[Shift]:
     """Compare loss and residual of the labelled rows with the reference's.
 
     Parameters
@@ -132,13 +132,11 @@ def merge_bins(rows: np.ndarray, rows_before: np.ndarray, least: float) -> np.nd
         a, b = a + now, b + before
         if a >= least and b >= least:
             group, a, b = group + 1, 0.0, 0.0
-    if (a or b) and group:  # what is left over at the end goes with the group before it
-        out[out == group] = group - 1
-    return out
+    return np.minimum(out, max(group - 1, 0))  # what is left over at the end goes with the group before it
 
 # %% ../../../nbs/library/monitor/concept.ipynb #938d4c02
 def residual_drift(
-    reference: Reference, labelled: Labelled, profile: Profile, *, alpha: float = 0.005, floor: float = 0.05
+    reference: Reference, labelled: Labelled, profile: Profile, *, alpha: float = 0.0025, floor: float = 0.05
 ) -> list[ResidualDrift]:
     """Compare the residuals in every input's bins with the reference's.
 
@@ -196,7 +194,7 @@ def _residual_tests(column: ColumnProfile, before: BinSums, now: np.ndarray, ref
     spread, variance = reference.limits[1] - reference.limits[0], reference.residual.std**2
     if not variance:
         return out
-    least = max(LEAST, 2 * spread**2 / variance)
+    least = max(LEAST, 4 * spread**2 / variance)  # so that a mean of bounded residuals is as good as normal, far out too
     group = merge_bins(new[:, 0], old[:, 0], least)
     n, m = np.bincount(group, new[:, 0]), np.bincount(group, old[:, 0])
     if len(n) < 2 or n.min() < LEAST or m.min() < LEAST:
@@ -226,12 +224,12 @@ def _residual_tests(column: ColumnProfile, before: BinSums, now: np.ndarray, ref
 
 
 def _where(column: ColumnProfile, bins: np.ndarray) -> str:
-    name = f'"{column_name(column.name)}"'
+    name = sql_name(column.name)
     if bins[0] == len(column.counts):
         return f"{name} IS NULL"
     if column.kind == "category":
         levels = [column.levels[i] for i in bins if i < len(column.levels)]
-        told = ", ".join("'" + level.replace("'", "''") + "'" for level in levels)
+        told = ", ".join(map(sql_text, levels))
         return f"{name} IN ({told})" if told else f"{name} IS NOT NULL"
     if column.kind == "flag":
         return f"{name} = {str(bins[0] > 0).lower()}"

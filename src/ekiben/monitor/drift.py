@@ -11,12 +11,12 @@ import numpy as np
 
 from .counting import Counts
 from .onset import onset
+from .streaming import sql_name, sql_text
 from .twosample import Test, column_tests, distance_of
 from .window import WindowCounts
 from ..profile import ColumnProfile, Profile
 from ..records import Field, Kind, Record
 from ..serving.drifting import psi
-from ..serving.seal import column_name
 
 # %% auto #0
 __all__ = ['ColumnDrift', 'Floor', 'compare_window', 'holm']
@@ -33,7 +33,7 @@ class ColumnDrift(Record, frozen=True, kw_only=True):
     rows : int
         In the window.
     test : str
-        What speaks most against chance: ``shape`` (chi-squared over the bins), ``shift`` (Kolmogorov and Smirnov's distance
+        What speaks most against chance (``shape`` only where nothing else does): ``shape`` (chi-squared over the bins), ``shift`` (Kolmogorov and Smirnov's distance
         at the cuts), ``level`` (the share of one category), ``missing``, ``unseen``, ``range``.
     statistic : float
         That test's.
@@ -120,8 +120,8 @@ def compare_window(
     list of ColumnDrift
         The one that speaks most against chance first.
     """
-    window = counts if isinstance(counts, WindowCounts) else None
-    counted = counts.counts if isinstance(counts, WindowCounts) else counts
+    window = None if isinstance(counts, Counts) else counts
+    counted = counts if isinstance(counts, Counts) else counts.counts
     floor, skipped = floor or Floor(), set(ignore)
     moving = {f.name for f in fields if f.role == "time"}
     columns = [c for c in (*profile.columns, *profile.predictions) if c.name in counted.bins]
@@ -151,7 +151,8 @@ def _describe(
     column: ColumnProfile, tests: list[Test], counts: Counts, window: WindowCounts | None, alpha: float, floor: Floor
 ) -> ColumnDrift:
     large = [t for t in tests if t.size >= floor.of(t.name) and t.p_value <= alpha]
-    test = min(large or tests, key=lambda t: (t.p_value, -t.size))
+    telling = [t for t in large if t.name != "shape"]  # it says that something changed; the others say what
+    test = min(telling or large or tests, key=lambda t: (t.p_value, -t.size))
     here = counts.of(column.name)
     rows, present = int(here.sum()), int(here[:-1].sum())
     mean = None
@@ -183,7 +184,7 @@ def _since(column: ColumnProfile, test: Test, counts: Counts, window: WindowCoun
 
 
 def _where(column: ColumnProfile, test: Test) -> str:
-    name = f'"{column_name(column.name)}"'
+    name = sql_name(column.name)
     number = f"epoch({name})" if column.kind == "date" else name
     if test.name == "missing":
         return f"{name} IS {'' if test.statistic > 0 else 'NOT '}NULL"
@@ -195,15 +196,11 @@ def _where(column: ColumnProfile, test: Test) -> str:
         return f"{name} = {str(test.bin > 0).lower()}"
     if column.kind == "category":
         if test.bin < len(column.levels) and test.name != "unseen":
-            return f"{name} {'=' if test.statistic > 0 else '<>'} {_text(column.levels[test.bin])}"
-        return f"{name} NOT IN ({', '.join(map(_text, column.levels))})" if column.levels else f"{name} IS NOT NULL"
+            return f"{name} {'=' if test.statistic > 0 else '<>'} {sql_text(column.levels[test.bin])}"
+        return f"{name} NOT IN ({', '.join(map(sql_text, column.levels))})" if column.levels else f"{name} IS NOT NULL"
     low = [f"{number} >= {column.cuts[test.bin - 1]!r}"] if test.bin > 0 else []
     high = [f"{number} < {column.cuts[test.bin]!r}"] if test.bin < len(column.cuts) else []
     return " AND ".join(low + high) or f"{name} IS NOT NULL"
-
-
-def _text(value: str) -> str:
-    return "'" + value.replace("'", "''") + "'"
 
 
 def _says(column: ColumnProfile, test: Test, here: np.ndarray, mean: float | None, unseen: int, outside: int) -> str:
@@ -214,6 +211,8 @@ def _says(column: ColumnProfile, test: Test, here: np.ndarray, mean: float | Non
     if test.name == "unseen":
         return f"{unseen / present:.1%} have a category that training never saw"
     if test.name == "range":
+        if column.minimum == column.maximum:
+            return f"{outside / present:.1%} are not {column.minimum:.6g}, the only value before"
         return f"{outside / present:.1%} lie outside {column.minimum:.6g} … {column.maximum:.6g}"
     if column.kind == "category":
         level = column.levels[test.bin] if test.bin < len(column.levels) else "other categories"

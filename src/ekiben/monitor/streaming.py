@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import UsageError
+from ..serving.seal import column_name
 
 if TYPE_CHECKING:
     import duckdb
     import pyarrow as pa
 
 # %% auto #0
-__all__ = ['BATCH', 'as_time', 'Chosen', 'open_window', 'columns_of', 'stream', 'stream_labelled']
+__all__ = ['BATCH', 'as_time', 'Chosen', 'sql_name', 'sql_text', 'open_window', 'columns_of', 'answer_columns', 'stream',
+           'stream_labelled', 'rows_showing']
 
 # %% ../../../nbs/library/monitor/streaming.ipynb #fe648632
 BATCH = 100_000
@@ -84,7 +86,17 @@ def _microseconds(moment: datetime) -> int:
 def _quoted(text: str) -> str:
     return text.replace("'", "''")
 
-# %% ../../../nbs/library/monitor/streaming.ipynb #869c33a5
+# %% ../../../nbs/library/monitor/streaming.ipynb #4f1515e3
+def sql_name(column: str) -> str:
+    """Return an input's name as SQL on the journal's views takes it."""
+    return '"' + column_name(column).replace('"', '""') + '"'
+
+
+def sql_text(value: str) -> str:
+    """Return a text as SQL takes it."""
+    return f"'{_quoted(value)}'"
+
+# %% ../../../nbs/library/monitor/streaming.ipynb #02c5d320
 def open_window(journal: Path | duckdb.DuckDBPyConnection, *, memory: str = "512MB", fresh: bool = True) -> duckdb.DuckDBPyConnection:
     """Open a journal for counting: a bound on memory, beyond which DuckDB goes to disk, and two threads.
 
@@ -109,14 +121,35 @@ def columns_of(connection: duckdb.DuckDBPyConnection, view: str = "predictions")
     """Return the names of a view's columns."""
     return [row[0] for row in connection.execute(f"DESCRIBE {view}").fetchall()]
 
-# %% ../../../nbs/library/monitor/streaming.ipynb #ef460189
+# %% ../../../nbs/library/monitor/streaming.ipynb #1de483d0
+def answer_columns(names: Iterable[str], predictions: Iterable[str]) -> dict[str, str]:
+    """Return where each of a profile's ``predictions`` stands in the journal: its SQL, by name.
+
+    Parameters
+    ----------
+    names : iterable of str
+        The journal's columns.
+    predictions : iterable of str
+        ``prediction``, or ``prediction[class]`` for each class.
+    """
+    there = set(names)
+    own = "_value" if "_value" in there else "_probability" if "_probability" in there else ""
+    found = {}
+    for name in predictions:
+        if name == "prediction" and own:
+            found[name] = own
+        elif name != "prediction" and "_probabilities" in there:
+            found[name] = f"_probabilities[{sql_text(name[11:-1])}]"
+    return found
+
+# %% ../../../nbs/library/monitor/streaming.ipynb #fdd65108
 def stream(connection: duckdb.DuckDBPyConnection, query: str, *, batch: int = BATCH) -> Iterator[pa.RecordBatch]:
     """Yield the rows of a query as Arrow batches."""
     cursor = connection.cursor().execute(query)
     cursor_: Any = cursor  # DuckDB before 1.5 calls it otherwise
     yield from (cursor_.to_arrow_reader if hasattr(cursor_, "to_arrow_reader") else cursor_.fetch_record_batch)(batch)
 
-# %% ../../../nbs/library/monitor/streaming.ipynb #2177ac09
+# %% ../../../nbs/library/monitor/streaming.ipynb #dc7e98bc
 def stream_labelled(
     connection: duckdb.DuckDBPyConnection,
     chosen: Chosen,
@@ -166,3 +199,27 @@ def stream_labelled(
             part, y = part.filter(pa.array(kept)), y[kept]
         if len(y):
             yield part, y
+
+# %% ../../../nbs/library/monitor/streaming.ipynb #e11be4be
+def rows_showing(
+    connection: duckdb.DuckDBPyConnection, condition: str, chosen: Chosen, *, predictions: Iterable[str] = (), limit: int = 5
+) -> tuple[int, list[str]]:
+    """Return how many rows of a window fulfil a condition, and the ids of the latest of them.
+
+    Parameters
+    ----------
+    connection : from `open_window`
+    condition : str
+        ``ColumnDrift.where`` or ``ResidualDrift.where``.
+    chosen : Chosen
+    predictions : iterable of str
+        Names of the profile's predictions, where the condition speaks of one.
+    limit : int
+    """
+    names = columns_of(connection)
+    added = [f'{sql} AS "{name}"' for name, sql in answer_columns(names, predictions).items()]
+    source = f"SELECT {', '.join(['*', *added])} FROM predictions WHERE {chosen.where(names)}"
+    found = connection.execute(
+        f"SELECT count(*), list(_id ORDER BY _time DESC)[:{int(limit)}] FROM (SELECT _id, _time FROM ({source}) WHERE {condition})"
+    ).fetchone()
+    return (int(found[0]), list(found[1] or [])) if found else (0, [])

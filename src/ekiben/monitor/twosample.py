@@ -181,15 +181,21 @@ def distance_of(column: ColumnProfile, counts: np.ndarray, mean: float | None = 
     Returns
     -------
     float
-        Numbers and dates: in standard deviations of the reference; others: total variation, 0 to 1.
+        Numbers and dates: in standard deviations of the reference; others, and what was constant: total variation, 0 to 1.
     """
     before, here = np.array(column.counts, dtype=np.float64), counts[:-1].astype(np.float64)
     if not before.sum() or not here.sum():
         return 0.0
     before, here = before / before.sum(), here / here.sum()
-    if column.kind not in ("number", "date") or not column.std:
+    if column.kind not in ("number", "date") or not (spread := _spread(column)):
         return float(np.abs(before - here).sum() / 2)
     apart = np.abs(np.cumsum(before) - np.cumsum(here))[1:-1]
     carried = float((apart * np.diff(column.cuts)).sum())
     moved = 0.0 if mean is None or column.mean is None else abs(mean - column.mean)
-    return max(carried, moved) / column.std
+    return max(carried, moved) / spread
+
+# %% ../../../nbs/library/monitor/twosample.ipynb #da7e3ee3
+def _spread(column: ColumnProfile) -> float:
+    """Return the standard deviation, and 0 for a constant: its own is not always 0 to the last bit."""
+    std = column.std or 0.0
+    return std if std > 1e-12 * abs(column.mean or 0.0) else 0.0

@@ -16,7 +16,17 @@ import numpy as np
 from ..errors import UsageError
 from .counting import Counter, Counts
 from .labels import Labelled, Labels
-from .streaming import BATCH, Chosen, as_time, columns_of, open_window, stream, stream_labelled
+from ekiben.monitor.streaming import (
+    BATCH,
+    Chosen,
+    answer_columns,
+    as_time,
+    columns_of,
+    open_window,
+    sql_name,
+    stream,
+    stream_labelled,
+)
 from ..profile import Profile
 from ..records import Field
 from ..reference import Reference
@@ -135,14 +145,8 @@ class _Reader:
     def __init__(self, profile: Profile, names: list[str], edges: np.ndarray) -> None:
         self.profile, self.edges, there = profile, edges, set(names)
         self.has_label = "_label" in there
-        self.columns = {c.name: f'"{column_name(c.name)}"' for c in profile.columns if column_name(c.name) in there}
-        own = "_value" if "_value" in there else "_probability" if "_probability" in there else ""
-        for c in profile.predictions:
-            if c.name == "prediction" and own:
-                self.columns[c.name] = own
-            elif "_probabilities" in there:
-                label = c.name[11:-1].replace("'", "''")
-                self.columns[c.name] = f"_probabilities['{label}']"
+        self.columns = {c.name: sql_name(c.name) for c in profile.columns if column_name(c.name) in there}
+        self.columns |= answer_columns(names, [c.name for c in profile.predictions])
 
     def select(self, alias: str = "") -> str:
         a = f"{alias}." if alias else ""

@@ -31,16 +31,21 @@ from .served import Served, bento_folder
 from .signing import Seal, verify_folder
 from .tls import check_tls
 from .trust import Trust, trusted_keys
+from ..trusted import declare_types
 
 # %% auto #0
 __all__ = ['trust_of', 'find_served', 'serve', 'start_bento', 'wait_ready', 'stop_process']
 
 # %% ../../../nbs/library/serving/run.ipynb #8297569a
 def trust_of(root: Path) -> Trust:
-    """Return who is trusted in a project: on this machine, and by ``[serve] trusted_keys``."""
+    """Return who is trusted in a project: on this machine, and by ``[serve] trusted_keys``.
+
+    The types of ``[serve] trusted_types`` may from here on be made of its models' files, in this process.
+    """
     from ekiben.settings import load_settings
 
     section = load_settings(root).serve if (Path(root) / "settings.ini").is_file() else None
+    declare_types(getattr(section, "trusted_types", ()))
     return trusted_keys(getattr(section, "trusted_keys", ()), Path(root))
 
 # %% ../../../nbs/library/serving/run.ipynb #c2b3e505

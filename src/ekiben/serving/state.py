@@ -34,6 +34,7 @@ from .signing import Seal
 from .telemetry import Telemetry
 from .traces import UNRECORDED
 from .trust import Trust
+from ..trusted import declare_types
 
 # %% auto #0
 __all__ = ['State']
@@ -142,6 +143,8 @@ class State:
         self, folder: Path, journal: Path | None, bento: str, options: JournalOptions | None, service: ServiceOptions | None
     ) -> None:
         self.configure(service or ServiceOptions.from_env(os.environ))
+        if self.options.trusted_types:
+            declare_types(self.options.trusted_types)
         scorer = Scorer(load_bundle(folder, self.trust))
         tested = self_test(scorer)
         if scorer.explains and (shown := scorer.shown_examples(1)):
