@@ -2524,6 +2524,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'ekiben.retrain.due.latest_look': ('library/retrain/due.html#latest_look', 'ekiben/retrain/due.py'),
                                     'ekiben.retrain.due.moment': ('library/retrain/due.html#moment', 'ekiben/retrain/due.py')},
             'ekiben.retrain.parts': { 'ekiben.retrain.parts._key': ('library/retrain/parts.html#_key', 'ekiben/retrain/parts.py'),
+                                      'ekiben.retrain.parts._unique': ('library/retrain/parts.html#_unique', 'ekiben/retrain/parts.py'),
                                       'ekiben.retrain.parts.arrange': ('library/retrain/parts.html#arrange', 'ekiben/retrain/parts.py'),
                                       'ekiben.retrain.parts.gather': ('library/retrain/parts.html#gather', 'ekiben/retrain/parts.py'),
                                       'ekiben.retrain.parts.one': ('library/retrain/parts.html#one', 'ekiben/retrain/parts.py'),
