@@ -2412,6 +2412,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ekiben.reference.Reference': ('library/reference.html#reference', 'ekiben/reference.py'),
                                   'ekiben.reference.Reference.__getitem__': ( 'library/reference.html#reference.__getitem__',
                                                                               'ekiben/reference.py'),
+                                  'ekiben.reference.Reference._already': ( 'library/reference.html#reference._already',
+                                                                           'ekiben/reference.py'),
                                   'ekiben.reference.Reference._repr_markdown_': ( 'library/reference.html#reference._repr_markdown_',
                                                                                   'ekiben/reference.py'),
                                   'ekiben.reference._short': ('library/reference.html#_short', 'ekiben/reference.py'),

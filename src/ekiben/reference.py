@@ -145,6 +145,8 @@ class Reference(Record, frozen=True, kw_only=True):
     measures : tuple of Measure
         The quality that `evaluate` measured, with intervals.
     groups : tuple of GroupSums
+    moved : tuple of str
+        Columns in which these rows differed from the profile's already, as they may where the split goes by time.
     format : int
     """
 
@@ -159,6 +161,7 @@ class Reference(Record, frozen=True, kw_only=True):
     residuals: tuple[BinSums, ...] = ()
     measures: tuple[Measure, ...] = ()
     groups: tuple[GroupSums, ...] = ()
+    moved: tuple[str, ...] = ()
     format: int = 1
 
     def __getitem__(self, column: str) -> BinSums:
@@ -174,11 +177,16 @@ class Reference(Record, frozen=True, kw_only=True):
                 return sums
         raise DataError(f"no column `{column}` in the reference{did_you_mean(column, [s.column for s in self.residuals])}", column=column)
 
+    @property
+    def _already(self) -> list[str]:
+        names = ", ".join(f"`{name}`" for name in self.moved)
+        return ["", f"In these rows {names} already differ from training: later rows will, too."] if names else []
+
     def _repr_markdown_(self) -> str:
         name = "squared error" if self.task == "regression" else "Brier score"
         lines = [
             f"{self.rows:,} rows ({self.of}): mean {name} {self.loss.mean:.4g} ± {self.loss.std:.3g}, "
-            f"mean residual {self.residual.mean:+.3g}", "", "| said | rows | seen | loss |", "|---:|---:|---:|---:|",
+            f"mean residual {self.residual.mean:+.3g}", *self._already, "", "| said | rows | seen | loss |", "|---:|---:|---:|---:|",
         ]  # fmt: skip
         c = self.calibration
         return "\n".join(lines + [f"| {p:.3g} | {n:,} | {y:.3g} | {v:.3g} |" for p, n, y, v in zip(c.said, c.rows, c.seen, c.loss, strict=True)])
@@ -240,6 +248,7 @@ def reference_of(
     *,
     measures: Iterable[Measure] = (),
     groups: Mapping[str, np.ndarray] | None = None,
+    moved: Iterable[str] = (),
     of: str = "held out",
     profile_of: str = "training",
 ) -> Reference:
@@ -259,6 +268,8 @@ def reference_of(
     measures : iterable of Measure
     groups : mapping of str to (n,) object, optional
         Names of groups, by sensitive feature, as from ``fairness.group_rows``; groups of fewer than `LEAST` rows are left out.
+    moved : iterable of str
+        Columns that are known to differ from the profile.
     of, profile_of : str
         Which rows these are, and which the profile's, in words.
 
@@ -283,6 +294,7 @@ def reference_of(
         rows=len(y), of=of, profile_of=profile_of, task=schema.task, loss=Moments.of(loss), residual=Moments.of(cut),
         limits=limits, calibration=calibration_of(said, said + residual, loss, right), residuals=tuple(sums),
         measures=tuple(measures), groups=tuple(_sum_groups(groups or {}, loss, cut, decision, schema)),
+        moved=tuple(moved),
     )  # fmt: skip
 
 
