@@ -11,12 +11,12 @@ import numpy as np
 
 from .columns import Columns
 from .errors import DataError, did_you_mean
-from .profile import ColumnProfile, Profile
+from .profile import Profile
 from .records import Measure, Record, Schema, Task
 
 # %% auto #0
 __all__ = ['LEAST', 'said_of', 'residuals_of', 'losses_of', 'Moments', 'Calibration', 'BinSums', 'GroupSums', 'Reference',
-           'bin_places', 'calibration_of', 'sum_bins', 'reference_of']
+           'calibration_of', 'sum_bins', 'reference_of']
 
 # %% ../../nbs/library/reference.ipynb #b3e5b324
 def said_of(prediction: np.ndarray) -> np.ndarray:
@@ -191,25 +191,7 @@ class Reference(Record, frozen=True, kw_only=True):
         c = self.calibration
         return "\n".join(lines + [f"| {p:.3g} | {n:,} | {y:.3g} | {v:.3g} |" for p, n, y, v in zip(c.said, c.rows, c.seen, c.loss, strict=True)])
 
-# %% ../../nbs/library/reference.ipynb #0e6fdb03
-def bin_places(column: ColumnProfile, values: np.ndarray) -> np.ndarray:
-    """Return the bin of each value, (n,) int, as ``ColumnProfile.count`` counts them: the last one for missing values.
-
-    Parameters
-    ----------
-    column : ColumnProfile
-    values : (n,) array
-        Of the column's kind, as ``Columns`` holds it.
-    """
-    last = len(column.counts)
-    if column.kind in ("category", "text"):
-        place: dict[str | None, int] = {level: i for i, level in enumerate(column.levels)} | {None: last}
-        return np.fromiter((place.get(v, last - 1) for v in values.tolist()), np.int64, len(values))
-    numbers = values.astype(np.int64) / 1e6 if values.dtype.kind == "M" else values
-    absent = np.isnat(values) if values.dtype.kind == "M" else np.isnan(values)
-    return np.where(absent, last, np.searchsorted(column.cuts, numbers, side="right"))
-
-# %% ../../nbs/library/reference.ipynb #92a59c88
+# %% ../../nbs/library/reference.ipynb #4e84aa58
 def calibration_of(said: np.ndarray, seen: np.ndarray, loss: np.ndarray, right: np.ndarray, bins: int = 20) -> Calibration:
     """Return the calibration of (n,) answers: what was `said`, `seen`, lost, and whether the decision was `right`."""
     bins = max(1, min(bins, len(said) // (2 * LEAST)))
@@ -224,7 +206,7 @@ def calibration_of(said: np.ndarray, seen: np.ndarray, loss: np.ndarray, right: 
     told = [tuple(_short(v) for v in mean) for mean in means]
     return Calibration(cuts=tuple(_short(c) for c in cuts), rows=tuple(rows.tolist()), said=told[0], seen=told[1], loss=told[2], right=told[3])
 
-# %% ../../nbs/library/reference.ipynb #e75f3858
+# %% ../../nbs/library/reference.ipynb #b109b2e8
 def sum_bins(name: str, place: np.ndarray, residual: np.ndarray, bins: int, *, least: int = LEAST) -> BinSums:
     """Return the sums of (n,) residuals by bin; bins of fewer than `least` rows go to the last but one."""
     rows = np.bincount(place, minlength=bins)
@@ -237,7 +219,7 @@ def sum_bins(name: str, place: np.ndarray, residual: np.ndarray, bins: int, *, l
         column=name, rows=tuple(rows.tolist()), sums=tuple(_short(v) for v in sums), squares=tuple(_short(v) for v in squares)
     )
 
-# %% ../../nbs/library/reference.ipynb #2c53c7a3
+# %% ../../nbs/library/reference.ipynb #f1ed9f04
 def reference_of(
     schema: Schema,
     profile: Profile,
@@ -287,7 +269,7 @@ def reference_of(
         low, high = np.quantile(residual, [0.005, 0.995])
         limits = (_short(low), _short(high))
     cut = np.clip(residual, *limits)
-    sums = [sum_bins(c.name, bin_places(c, columns[c.name]), cut, len(c.counts) + 1) for c in profile.columns]
+    sums = [sum_bins(c.name, c.place(columns[c.name]), cut, len(c.counts) + 1) for c in profile.columns]
     right = np.abs(residual) if schema.task == "regression" else (decision == y).astype(np.float64)
     said = said_of(prediction)
     return Reference(
