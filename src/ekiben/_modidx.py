@@ -535,6 +535,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                             'ekiben/compliance/html.py')},
             'ekiben.compliance.page': { 'ekiben.compliance.page._approvals': ( 'library/compliance/page.html#_approvals',
                                                                                'ekiben/compliance/page.py'),
+                                        'ekiben.compliance.page._between': ( 'library/compliance/page.html#_between',
+                                                                             'ekiben/compliance/page.py'),
                                         'ekiben.compliance.page._checklist': ( 'library/compliance/page.html#_checklist',
                                                                                'ekiben/compliance/page.py'),
                                         'ekiben.compliance.page._data': ('library/compliance/page.html#_data', 'ekiben/compliance/page.py'),
