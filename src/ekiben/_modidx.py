@@ -4880,6 +4880,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'ekiben/trace/prediction.py'),
                                          'ekiben.trace.prediction._iso': ( 'library/trace/prediction.html#_iso',
                                                                            'ekiben/trace/prediction.py'),
+                                         'ekiben.trace.prediction._may_hold': ( 'library/trace/prediction.html#_may_hold',
+                                                                                'ekiben/trace/prediction.py'),
                                          'ekiben.trace.prediction._sealed_truths': ( 'library/trace/prediction.html#_sealed_truths',
                                                                                      'ekiben/trace/prediction.py'),
                                          'ekiben.trace.prediction._select': ( 'library/trace/prediction.html#_select',
