@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from ekiben.columns import Columns
 from ekiben.errors import DataError, IntegrityError, UsageError
+from ekiben.monitor.counting import count_columns
 from ekiben.monitor.drift import compare_window
 from ekiben.monitor.labels import label_columns
 from ekiben.monitor.sequential import follow, radius, starts_for
@@ -219,6 +220,19 @@ def test_since_when_and_which_rows_is_said(tmp_path: Path) -> None:
         rows_showing(connection, d.where, chosen, predictions=["prediction"])  # every condition is SQL that the journal takes
 
 
+def test_a_join_larger_than_its_memory_goes_to_disk_beside_the_journal_and_leaves_nothing(tmp_path: Path) -> None:
+    rows = 30_000
+    write_day(tmp_path, draw(rows), answer("binary", rows), truths={i: [(1, "yes")] for i in range(rows)})
+    (tmp_path / ".spill-999999999").mkdir()  # of a process that was killed
+    connection = open_window(tmp_path, memory="16MB")
+    assert not list(tmp_path.glob(".spill-999999999"))
+    profile, ref = reference("binary")
+    window = read_window(connection, DAY, DAY + timedelta(days=1), profile=profile, reference=ref, classes=("no", "yes"))
+    assert window.labelled is not None and window.labelled.total == window.rows == rows
+    connection.close()
+    assert not [p for p in tmp_path.rglob("*") if "spill" in str(p) and p.is_file()]
+
+
 @pytest.mark.parametrize("when", ["yesterday", "2026-13-01", ""])
 def test_what_is_no_time_is_said_in_one_line(when: str) -> None:
     with pytest.raises(UsageError, match="is no time; write it as 2026-03-01"):
@@ -246,6 +260,15 @@ def test_a_reference_is_read_back_and_its_sums_are_those_of_its_rows(task: str) 
     if task != "regression":  # there, residuals far out are cut off
         assert seen == pytest.approx(ref.residual.mean, abs=1e-5)
     assert np.average(ref.calibration.loss, weights=ref.calibration.rows) == pytest.approx(ref.loss.mean, abs=1e-5)
+
+
+def test_a_column_that_had_moved_when_the_model_was_evaluated_is_named_as_such(tmp_path: Path) -> None:
+    profile, ref = reference("binary")
+    ref = msgspec.structs.replace(ref, moved=("age",))
+    assert "`age` already differ" in ref._repr_markdown_() and Reference.from_json(ref.to_json()) == ref
+    c = draw(2_000, 3).with_columns(age=np.full(2_000, 90.0), job=("category", np.full(2_000, "smith", dtype=object)))
+    found = {d.column: d for d in compare_window(profile, count_columns(profile, c), reference=ref) if d.is_drifting}
+    assert found["age"].says.endswith("so it was in the held-out rows") and "held-out" not in found["job"].says
 
 
 def test_no_part_of_fewer_rows_than_twenty_is_told() -> None:

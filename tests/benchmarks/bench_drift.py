@@ -28,6 +28,7 @@ from ekiben.monitor.counting import count_columns
 from ekiben.monitor.drift import compare_window
 from ekiben.monitor.labels import label_columns
 from ekiben.profile import profile_of
+from ekiben.reference import Reference, reference_of
 
 WORLDS, EACH, ROWS = 50, 20, 2_000
 TABLE, COLUMNS = 100_000, 20
@@ -110,8 +111,8 @@ def journal(rows: int = JOURNAL) -> None:
     folder = Path(tempfile.mkdtemp(prefix="bench-drift-"))
     try:
         begun = time.perf_counter()
-        profile = write_journal(folder / "journal", rows)
-        (folder / "profile.json").write_bytes(profile)
+        for name, raw in zip(("profile", "reference"), write_journal(folder / "journal", rows), strict=True):
+            (folder / f"{name}.json").write_bytes(raw)
         size = sum(p.stat().st_size for p in (folder / "journal").rglob("*.parquet"))
         print(f"{rows:,} journalled rows × {COLUMNS} columns, {size / 1e6:,.0f} MB (written in {time.perf_counter() - begun:.0f} s)")
         for share in (0.1, 1.0):
@@ -120,13 +121,13 @@ def journal(rows: int = JOURNAL) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_journal(folder: Path, rows: int) -> bytes:
-    """Write sealed files of predictions, one day after the other, and return the profile of such rows."""
+def write_journal(folder: Path, rows: int) -> tuple[bytes, bytes]:
+    """Write sealed files of predictions, a fifth of them labelled, and return profile and reference of such rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from ekiben.records import Field, Schema
-    from ekiben.serving.seal import prediction_schema, sealed_path
+    from ekiben.serving.seal import feedback_schema, prediction_schema, sealed_path
     from ekiben.serving.segments import origin_of
 
     rng = np.random.default_rng(0)
@@ -156,8 +157,16 @@ def write_journal(folder: Path, rows: int) -> bytes:
         path.parent.mkdir(parents=True, exist_ok=True)
         cast = [arrays[f.name].cast(f.type) if f.name in arrays else pa.nulls(FILE, f.type) for f in types]
         pq.write_table(pa.table(cast, schema=types), path, compression="zstd", row_group_size=50_000)
+        told = np.arange(0, FILE, 5)
+        path = sealed_path(folder, "feedback", str(at[0])[:10], f"v1-{number:05d}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        truth = np.where(rng.random(len(told)) < np.roll(said, turn)[told], "yes", "no")
+        labels = [arrays["_id"].take(pa.array(told)), arrays["_time"].take(pa.array(told)), pa.array(truth)]
+        pq.write_table(pa.table(labels, schema=feedback_schema(origin)), path, compression="zstd")
     c = Columns({n: base[n] if n in numbers else words[base[n]] for n in [*numbers, *texts]}, dict.fromkeys(texts, "category"))
-    return profile_of(c).with_predictions(said).to_json()
+    profile = profile_of(c).with_predictions(said)
+    y = (rng.random(FILE) < said).astype(np.int64)
+    return profile.to_json(), reference_of(schema, profile, c, y, said, said >= 0.5).to_json()
 
 
 def count(folder: str, share: str) -> None:
@@ -166,14 +175,19 @@ def count(folder: str, share: str) -> None:
     from ekiben.profile import Profile
 
     profile = Profile.from_json((Path(folder) / "profile.json").read_bytes())
+    reference = Reference.from_json((Path(folder) / "reference.json").read_bytes())
     since = datetime(2026, 1, 1, tzinfo=UTC)
-    begun = time.perf_counter()
-    window = read_window(Path(folder) / "journal", since, since + timedelta(days=DAYS * float(share)), profile=profile)
-    found = compare_window(profile, window)
-    taken = time.perf_counter() - begun
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    named = [d.column for d in found if d.is_drifting]
-    print(f"  {window.rows:12,} rows {taken:6.1f} s = {window.rows / taken:11,.0f} rows/s, peak {peak:5.0f} MB, named: {named}")
+    until = since + timedelta(days=DAYS * float(share))
+    for labels in (None, reference):
+        begun = time.perf_counter()
+        window = read_window(Path(folder) / "journal", since, until, profile=profile, reference=labels, classes=("no", "yes"))
+        found = compare_window(profile, window)
+        about = residual_drift(reference, window.labelled, profile) if window.labelled else []
+        taken = time.perf_counter() - begun
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        named = [d.column for d in (*found, *about) if d.is_drifting]
+        told = f"and {window.labelled.total:10,} labels" if window.labelled else "                      "
+        print(f"  {window.rows:12,} rows {told} {taken:6.1f} s = {window.rows / taken:9,.0f} rows/s, peak {peak:5.0f} MB, named: {named}")
 
 
 if __name__ == "__main__":

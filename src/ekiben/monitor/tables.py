@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
@@ -83,7 +83,7 @@ def drift_table(drifts: Sequence[DriftSeen], most: int = 12) -> HTML:
     rows = [
         [
             html.escape(d.column), _badge("moved", "fail") if d.is_drifting else '<span class="muted">as before</span>', _minute(d.since),
-            short(d.psi), "< 0.0001" if d.p_value < 1e-4 else f"{d.p_value:.4f}", html.escape(d.says) if d.is_drifting else "",
+            short(d.psi), "< 0.0001" if d.p_value < 1e-4 else f"{d.p_value:.4f}", html.escape(d.says).replace("`", "") if d.is_drifting else "",
         ]
         for d in shown
     ]  # fmt: skip
@@ -123,7 +123,7 @@ def concept_table(quality: Quality, most: int = 8) -> HTML:
         return sentence("No label was told, or the bundle holds no reference: this cannot be seen.")
 
     def row(name: str, is_moved: bool, chance: str, says: str) -> list[str]:
-        return [html.escape(name), _badge("moved", "fail") if is_moved else '<span class="muted">as before</span>', chance, html.escape(says)]
+        return [html.escape(name), _badge("moved", "fail") if is_moved else '<span class="muted">as before</span>', chance, html.escape(says).replace("`", "")]
 
     rows = [
         row(f"mean {s['figure']}", s["is_drifting"], _chance(s["p_value"]), f"{short(s['now'])}, {short(s['before'])} before ({s['rows']:,} rows)")

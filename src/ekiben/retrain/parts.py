@@ -53,11 +53,14 @@ def quoted(name: str) -> str:
     """Return the name of a column as SQL takes it, whatever is in it."""
     return '"' + name.replace('"', '""') + '"'
 
-# %% ../../../nbs/library/retrain/parts.ipynb #f398a5f3
+# %% ../../../nbs/library/retrain/parts.ipynb #cbbf13f5
+def _unique(fields: Sequence[Field], columns: Any) -> list[str]:
+    return [f.name for f in fields if f.name in columns.id and f.unique]
+
+
 def _key(fields: Sequence[Field], columns: Any) -> list[str]:
-    ids = [f for f in fields if f.name in columns.id]
-    unique = [f.name for f in ids if f.unique]
-    if unique or not ids:
+    unique = _unique(fields, columns)
+    if unique or not columns.id:
         return unique
     return [f.name for f in fields if columns.roles.get(f.name, "feature") in ("id", "feature")]
 
@@ -87,7 +90,7 @@ def gather(db: duckdb.DuckDBPyConnection, files: Iterable[Path], fields: Sequenc
     if key:
         names = ", ".join(map(quoted, key))
         known = " AND ".join(f"{quoted(name)} IS NOT NULL" for name in columns.id if name in key)
-        latest = f"(_from <> 'journal' OR row_number() OVER (PARTITION BY {names}, _from ORDER BY _time DESC, _id) = 1)"
+        latest = f"(_from <> 'journal' OR row_number() OVER (PARTITION BY {names}, _from ORDER BY _time DESC, _id) = 1)" if _unique(fields, columns) else "TRUE"
         where = f" QUALIFY NOT ({known}) OR ({trust} = max({trust}) OVER (PARTITION BY {names}) AND {latest})"
     db.execute(f"CREATE TABLE kept AS SELECT * FROM {whole}{where}")
     counted = db.execute("SELECT (SELECT count(*) FROM staged) - (SELECT count(*) FROM kept)").fetchone()

@@ -94,7 +94,7 @@ def to_markdown(done: Retrained) -> str:
         lines += ["## Gates", "", *_table(["", "value", "interval", "verdict", ""], [_gate_row(j) for j in done.gates])]
     return "\n".join(lines)
 
-# %% ../../../nbs/library/retrain/report.ipynb #113bbe3d
+# %% ../../../nbs/library/retrain/report.ipynb #a4fd4db5
 def write_report(root: Path, done: Retrained) -> Path:
     """Write ``report.md`` and ``index.html`` under ``reports/retrain/<id>/``; return the page.
 
@@ -103,15 +103,16 @@ def write_report(root: Path, done: Retrained) -> Path:
     root : Path
     done : Retrained
     """
-    from nbconvert.filters.markdown import markdown2html
+    from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
     folder, text = Path(root) / "reports" / "retrain" / done.id, to_markdown(done)
+    body = MarkdownWithMath(renderer=IPythonRenderer(escape=True)).render(text)  # what came from outside stays text
     run = Path(root) / "reports" / "runs" / done.run_id / "index.html"
     link = f'<a href="{html.escape(os.path.relpath(run, folder))}">its run</a>' if done.run_id and run.is_file() else ""
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(f'Retraining {done.id}')}</title><style>{STYLE}</style></head><body><nav><b>ekiben</b>"
-        f"<span>retrain</span>{link}</nav><main>{markdown2html(text)}</main></body></html>"
+        f"<span>retrain</span>{link}</nav><main>{body}</main></body></html>"
     )
     write_whole(folder / "report.md", text.encode())
     write_whole(folder / "index.html", page.encode())
