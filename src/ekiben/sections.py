@@ -16,7 +16,7 @@ from .values import hide_passwords
 
 # %% auto #0
 __all__ = ['MISSING', 'SECTIONS', 'Section', 'PipelineSection', 'DataSection', 'ColumnsSection', 'GatesSection', 'ServeSection',
-           'MonitorSection', 'RetrainSection', 'DeploySection', 'types_of', 'Settings']
+           'MonitorSection', 'RetrainSection', 'DeploySection', 'CardSection', 'types_of', 'Settings']
 
 # %% ../../nbs/library/sections.ipynb #15748478
 class Section(BaseModel):
@@ -182,6 +182,21 @@ class DeploySection(Section):
             raise PydanticCustomError("shares", "takes rising shares in percent, none above 100, such as 5, 25, 100")
         return steps
 
+# %% ../../nbs/library/sections.ipynb #a1c0de09
+class CardSection(Section):
+    """``[card]``: what only a person can say of the data and the decisions, for `ekiben export card`; nothing reads it while training."""
+
+    controller: str = Field("", description="who is responsible for the processing: organisation and address")
+    purpose: str = Field("", description="why personal data are processed (what the model is for: [evaluate] intended_use)")
+    lawful_basis: str = Field("", description="on which basis: consent, contract, legal obligation, legitimate interests …")
+    consent_basis: str = Field("", description="how consent was given and where that is recorded; or why none is needed")
+    notice: str = Field("", description="where people are told of the processing: an address or a document")
+    human_review: str = Field("", description="how a person contests a decision, and who looks at it")
+    impact_assessment: str = Field("", description="reference of the data protection impact assessment")
+    recipients: str = Field("", description="who else gets the data or the answers; whether they are sold or shared")
+    transfers: str = Field("", description="countries that data or answers go to, and on which basis")
+    retention_reason: str = Field("", description="why data are kept as long as they are")
+
 # %% ../../nbs/library/sections.ipynb #1c532c2e
 SECTIONS: dict[str, type[Section]] = {
     "pipeline": PipelineSection,
@@ -192,6 +207,7 @@ SECTIONS: dict[str, type[Section]] = {
     "monitor": MonitorSection,
     "retrain": RetrainSection,
     "deploy": DeploySection,
+    "card": CardSection,
 }
 
 
@@ -208,7 +224,7 @@ class Settings(Section):
     ----------
     root : Path
         The project's folder.
-    pipeline, data, columns, gates, serve, monitor, retrain, deploy
+    pipeline, data, columns, gates, serve, monitor, retrain, deploy, card
         ekiben's own sections.
     steps : dict of str to dict
         Every parameter of every step, as the notebook's default or as it was set.
@@ -223,6 +239,7 @@ class Settings(Section):
     monitor: MonitorSection
     retrain: RetrainSection
     deploy: DeploySection
+    card: CardSection
     steps: dict[str, dict[str, Any]]
     _places: dict[tuple[str, str], str] = PrivateAttr(default_factory=dict)
     _secrets: dict[str, str] = PrivateAttr(default_factory=dict)
