@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ekiben.serving import hosting as hosting_module
+from ekiben.serving import leaving as leaving_module
 from ekiben.serving import logbook as logbook_module
 from ekiben.serving.app import ServiceApp
 from ekiben.serving.bundle import load_bundle, stamp_bundle
@@ -116,7 +117,7 @@ class Place:
 @pytest.fixture
 def place(tmp_path, signed, signer, monkeypatch):
     monkeypatch.setattr(hosting_module, "RETRY_S", 0.3)
-    monkeypatch.setattr(hosting_module, "GRACE_S", 0.3)
+    monkeypatch.setattr(leaving_module, "GRACE_S", 0.3)
     made = Place(tmp_path, signed, signer)
     yield made
     for state in made.states:
