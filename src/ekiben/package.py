@@ -119,8 +119,8 @@ def make_bundle(
     first = Scorer(write_bundle(folder, examples=(), **parts))
     examples = make_examples(first, sample.rows(_telling(first, sample)))
     if profile != b"{}":
-        reference = Profile.from_json(profile).with_predictions(first.score_columns(sample)[0], schema.classes)
-        parts["profile"] = reference.to_json()
+        seen = Profile.from_json(profile).with_predictions(first.score_columns(sample)[0], schema.classes)
+        parts["profile"] = seen.to_json()
     return write_bundle(folder, examples=examples, **parts)
 
 # %% ../../nbs/library/package.ipynb #3c99bfe4
