@@ -50,9 +50,9 @@ def line_of(progress: Progress) -> str:
     """Return the same in one line."""
     return "; ".join(f"{name} {text}" for name, text in facts_of(progress).items())
 
-# %% ../../../nbs/library/rollout/view.ipynb #9e5b18fe
+# %% ../../../nbs/library/rollout/view.ipynb #a771b892
 @contextmanager
-def watching(every_s: float = 30.0, say: Callable[[str], None] = print) -> Iterator[Callable[[Progress], None]]:
+def watching(every_s: float = 30.0, say: Callable[[str], None] = print, *, live: bool = True) -> Iterator[Callable[[Progress], None]]:
     """Yield what takes the progress: a table that renews itself on a terminal, else a line at each step and now and then.
 
     Parameters
@@ -61,11 +61,13 @@ def watching(every_s: float = 30.0, say: Callable[[str], None] = print) -> Itera
         Between two lines of the same step.
     say : callable
         Gets those lines.
+    live : bool
+        Whether there may be a table: not where standard output is for a program.
     """
     from rich.console import Console
 
     console = Console()
-    if not console.is_terminal:
+    if not live or not console.is_terminal:
         yield _Lines(every_s, say).take
         return
     from rich.live import Live
