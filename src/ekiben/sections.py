@@ -8,14 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_serializer
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_serializer, field_validator
+from pydantic_core import PydanticCustomError
 
 from .gates import Gate
 from .values import hide_passwords
 
 # %% auto #0
 __all__ = ['MISSING', 'SECTIONS', 'Section', 'PipelineSection', 'DataSection', 'ColumnsSection', 'GatesSection', 'ServeSection',
-           'MonitorSection', 'RetrainSection', 'DeploySection', 'types_of', 'Settings']
+           'MonitorSection', 'RetrainSection', 'DeploySection', 'CardSection', 'types_of', 'Settings']
 
 # %% ../../nbs/library/sections.ipynb #15748478
 class Section(BaseModel):
@@ -164,6 +165,38 @@ class RetrainSection(Section):
 class DeploySection(Section):
     """``[deploy]``: how a new version comes to serve."""
 
+    steps: tuple[float, ...] = Field((5.0, 25.0, 100.0), description="shares [%] of the requests that a new version gets, in turn")
+    hold_s: float = Field(300.0, ge=0, description="seconds that each share must hold")
+    min_requests: int = Field(200, ge=0, description="requests that the new version must have answered at each share")
+    route_by: str = Field("", description="column whose value decides who answers (default: the first id column)")
+    max_error_rate: float = Field(0.01, ge=0, le=1, description="errors of the new version above the champion's, as a share")
+    max_latency_ratio: float = Field(3.0, ge=1, description="its median time to score, over the champion's")
+    max_loss_gap: float = Field(0.05, ge=0, description="its mean loss above the champion's, once labels have come")
+    max_shift: float = Field(0.25, ge=0, description="its mean prediction away from the champion's")
+    approvals: int = Field(0, ge=0, le=5, description="other people who must approve a promotion (`ekiben approve`)")
+
+    @field_validator("steps")
+    @classmethod
+    def _rise(cls, steps: tuple[float, ...]) -> tuple[float, ...]:
+        if not steps or any(not a < b for a, b in zip((0.0, *steps), steps, strict=False)) or steps[-1] > 100:
+            raise PydanticCustomError("shares", "takes rising shares in percent, none above 100, such as 5, 25, 100")
+        return steps
+
+# %% ../../nbs/library/sections.ipynb #a1c0de09
+class CardSection(Section):
+    """``[card]``: what only a person can say of the data and the decisions, for `ekiben export card`; nothing reads it while training."""
+
+    controller: str = Field("", description="who is responsible for the processing: organisation and address")
+    purpose: str = Field("", description="why personal data are processed (what the model is for: [evaluate] intended_use)")
+    lawful_basis: str = Field("", description="on which basis: consent, contract, legal obligation, legitimate interests …")
+    consent_basis: str = Field("", description="how consent was given and where that is recorded; or why none is needed")
+    notice: str = Field("", description="where people are told of the processing: an address or a document")
+    human_review: str = Field("", description="how a person contests a decision, and who looks at it")
+    impact_assessment: str = Field("", description="reference of the data protection impact assessment")
+    recipients: str = Field("", description="who else gets the data or the answers; whether they are sold or shared")
+    transfers: str = Field("", description="countries that data or answers go to, and on which basis")
+    retention_reason: str = Field("", description="why data are kept as long as they are")
+
 # %% ../../nbs/library/sections.ipynb #1c532c2e
 SECTIONS: dict[str, type[Section]] = {
     "pipeline": PipelineSection,
@@ -174,6 +207,7 @@ SECTIONS: dict[str, type[Section]] = {
     "monitor": MonitorSection,
     "retrain": RetrainSection,
     "deploy": DeploySection,
+    "card": CardSection,
 }
 
 
@@ -190,7 +224,7 @@ class Settings(Section):
     ----------
     root : Path
         The project's folder.
-    pipeline, data, columns, gates, serve, monitor, retrain, deploy
+    pipeline, data, columns, gates, serve, monitor, retrain, deploy, card
         ekiben's own sections.
     steps : dict of str to dict
         Every parameter of every step, as the notebook's default or as it was set.
@@ -205,6 +239,7 @@ class Settings(Section):
     monitor: MonitorSection
     retrain: RetrainSection
     deploy: DeploySection
+    card: CardSection
     steps: dict[str, dict[str, Any]]
     _places: dict[tuple[str, str], str] = PrivateAttr(default_factory=dict)
     _secrets: dict[str, str] = PrivateAttr(default_factory=dict)
