@@ -271,6 +271,38 @@ def test_a_bundle_from_before_there_was_a_reference_is_still_looked_at(served: C
     assert report.is_quiet and report.quality.measures and report.quality.estimated == [] == report.quality.reference and report.drift
 
 
+def test_an_encrypted_journal_is_read_and_its_rows_are_one_line_of_python_away(served: Callable[..., Served], capsys: Any) -> None:
+    project = served()
+    text = (project.root / "settings.ini").read_text()
+    (project.root / "settings.ini").write_text(text.replace("[monitor]", "[serve]\nencryption = yes\n\n[monitor]"))
+    rows = people(1500, 28)
+    project.serve(changed(rows, age=rows["age"] + 20), end=time.time() - 5)
+    alert = next(a for a in run_cells(project.root).alerts if a.column == "age")
+    assert list((project.root / ".ekiben/journal/sealed").rglob("*.parquet")) and "open_journal" in alert.rows
+    before = Path.cwd()
+    os.chdir(project.root)
+    try:
+        capsys.readouterr()
+        exec(alert.rows, {})
+    finally:
+        os.chdir(before)
+    assert "age" in capsys.readouterr().out
+
+
+def test_a_silent_service_alerts_where_rows_are_expected_and_a_damaged_part_is_said(served: Callable[..., Served]) -> None:
+    project = served(monitor="expect_rows = 1000\n")
+    project.serve(people(300, 29), end=time.time() - 50_000, seconds=20_000)
+    project.serve(people(20, 30), end=time.time() - 5, seconds=10)
+    segment = next((project.root / ".ekiben/journal/segments").glob("*.closed"))
+    raw = bytearray(segment.read_bytes())
+    raw[len(raw) // 2] ^= 0xFF
+    segment.write_bytes(bytes(raw))
+    report = run_cells(project.root)
+    (alert,) = [a for a in report.alerts if a.kind == "traffic"]
+    assert alert.limit == 1000 and alert.value == report.traffic.rows < 400
+    assert any("is not seen" in note and "damaged" in note for note in report.notes)
+
+
 # ---- groups of people
 
 

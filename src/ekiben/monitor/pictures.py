@@ -132,7 +132,7 @@ def _over_time(parts: Sequence[Part], name: str) -> list[tuple[datetime, Measure
 
 # %% ../../../nbs/library/monitor/pictures.ipynb #60bcf41a
 def draw_drift(drifts: Sequence[DriftSeen], since: str, until: str, *, most: int = 24) -> Figure:
-    """Draw the population stability index of every column and part of the window.
+    """Draw by how much the population stability index of every column exceeds chance, part by part of the window.
 
     Parameters
     ----------
@@ -168,7 +168,7 @@ def draw_drift(drifts: Sequence[DriftSeen], since: str, until: str, *, most: int
     bar.set_ticks([0.0, 0.1**0.5, 0.25**0.5, 1.0], labels=["0", "0.1", "0.25", "1"])
     bar.outline.set_visible(False)  # type: ignore[operator]
     bar.ax.tick_params(labelsize=7, length=0)
-    ax.set_title("Distance from training (population stability index)")
+    ax.set_title("Distance from training, beyond chance (population stability index)")
     return figure
 
 
