@@ -6,6 +6,7 @@ import math
 import struct
 import threading
 from collections import OrderedDict
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -24,7 +25,7 @@ from ekiben.errors import RowError
 from ekiben.records import Field, Policy, Schema
 from ekiben.rows import Check, parse_date
 from ekiben.serving.bundle import Limits, write_bundle
-from ekiben.serving.code import load_code
+from ekiben.portable import load_code
 from ekiben.serving.proof import edge_values
 from ekiben.serving.scorer import Scorer, make_examples
 from ekiben.serving.tracing import find_changing
@@ -430,6 +431,27 @@ def test_a_date_that_has_no_utc_is_an_error_of_the_row_and_not_of_the_service(tm
     assert parse_date("0001-01-01T00:00:00+14:00") is None and parse_date("9999-12-31T23:59:59-12:00") is None
     scorer = make_scorer(tmp_path, 'c.with_columns(m=month(c["since"]))')
     row = {"age": 3, "income": 1.0, "job": "clerk", "place": "Lyon", "member": True, "since": "0001-01-01T00:00:00+14:00"}
+    with pytest.raises(RowError, match="since"):
+        scorer.predict_row(row)
+
+
+@given(st.text("0123456789", max_size=80))
+def test_a_long_number_is_no_date(text):
+    assert len(text) == 8 or parse_date(text) is parse_date(f"20200101{text}9") is None
+
+
+@given(st.datetimes(datetime(1, 1, 2), datetime(9999, 12, 30), timezones=st.none() | st.timezones()), st.sampled_from("T t"))
+def test_every_moment_that_python_writes_is_read(moment, between):
+    meant = moment if moment.tzinfo is None else moment.astimezone(UTC).replace(tzinfo=None)
+    assert parse_date(moment.isoformat(between)) == meant
+    assert parse_date(moment.date().isoformat()) == parse_date(moment.strftime("%4Y%m%d")) == datetime(*moment.timetuple()[:3])
+
+
+@pytest.mark.parametrize("text", ["2020-01-01" + "T" * 40, "2020-01-01T10:00:00." + "1" * 100_000, "2020-01-01511:00", "20200101" + "1" * 100_000])
+def test_a_text_that_goes_on_for_ever_is_no_date(text, tmp_path):
+    assert parse_date(text) is None and parse_date(text, "%d.%m.%Y") is None
+    scorer = make_scorer(tmp_path, 'c.with_columns(m=month(c["since"]))')
+    row = {"age": 3, "income": 1.0, "job": "clerk", "place": "Lyon", "member": True, "since": text}
     with pytest.raises(RowError, match="since"):
         scorer.predict_row(row)
 

@@ -45,7 +45,7 @@ def make(number: int = 1, environment: str = "production", **said: object) -> De
 
 
 def canary(number: int = 1, **said: object) -> Deployment:
-    return make(number, challenger=CHALLENGER, mode="canary", share=0.25, **said)
+    return make(number, **{"challenger": CHALLENGER, "mode": "canary", "share": 0.25, **said})
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,11 @@ def test_whatever_is_signed_is_read_back(said, signer, trust, tmp_path_factory):
     write_deployment(folder, said, signer)
     assert read_deployment(folder, trust) == said
     assert newest_number(folder) == said.number
+
+
+def test_a_whole_number_for_a_share_is_the_same_share(folder, signer, trust):
+    write_deployment(folder, canary(share=1, limits=GuardLimits(max_loss_gap=1)), signer)
+    assert read_deployment(folder, trust).share == 1.0
 
 
 def test_whichever_bit_is_flipped_it_is_refused(folder, signer, trust):

@@ -101,6 +101,7 @@ def write_containerfile(labels: Mapping[str, str], *, runtime: str = "lightgbm",
     needs : iterable of str
         Top-level modules that its features import.
     """
+    needs = set(needs)
     base = f"python:{sys.version_info.major}.{sys.version_info.minor}-slim"
     unused = ["pip", "setuptools"]
     if runtime == "lightgbm" and "scipy" not in needs:
@@ -117,7 +118,7 @@ ARG BASE_IMAGE={base}
 
 FROM ${{BASE_IMAGE}} AS base
 USER root
-{OPENMP if runtime == "lightgbm" else ""}
+{OPENMP if runtime == "lightgbm" or "lightgbm" in needs else ""}
 FROM base AS install
 COPY env/python/requirements.txt /tmp/requirements.txt
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=secret,id=ca \\

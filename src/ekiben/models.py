@@ -15,9 +15,10 @@ import numpy as np
 
 from .errors import IntegrityError, UsageError
 from .records import Record, Task
+from .skopsfile import dump_estimator, load_estimator
 
 # %% auto #0
-__all__ = ['TRUSTED_TYPES', 'Model', 'to_probability', 'LightGBMModel', 'Term', 'LinearModel', 'SklearnModel', 'load_model']
+__all__ = ['Model', 'to_probability', 'LightGBMModel', 'Term', 'LinearModel', 'SklearnModel', 'load_model']
 
 # %% ../../nbs/library/models.ipynb #6ad4a7f2
 @runtime_checkable
@@ -234,36 +235,6 @@ class LinearModel(Record, frozen=True, dict=True):
         """Return ``model.json`` and ``linear.json``."""
         return {"model.json": _header(self), "linear.json": self.to_json()}
 
-# %% ../../nbs/library/models.ipynb #43cc06f5
-TRUSTED_TYPES: tuple[str, ...] = (
-    "collections.OrderedDict",
-    "lightgbm.basic.Booster",
-    "lightgbm.sklearn.LGBMClassifier",
-    "lightgbm.sklearn.LGBMRegressor",
-    "numpy.dtype",
-    "scipy.interpolate._bsplines.BSpline",
-    "sklearn._loss.loss.HalfTweedieLossIdentity",
-    "sklearn.calibration._CalibratedClassifier",
-    "sklearn.calibration._SigmoidCalibration",
-    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
-    "sklearn.feature_selection._univariate_selection.f_classif",
-    "sklearn.feature_selection._univariate_selection.f_regression",
-    "sklearn.gaussian_process._gpc._BinaryGaussianProcessClassifierLaplace",
-    "sklearn.gaussian_process.kernels.ConstantKernel",
-    "sklearn.gaussian_process.kernels.Matern",
-    "sklearn.gaussian_process.kernels.Product",
-    "sklearn.gaussian_process.kernels.RBF",
-    "sklearn.gaussian_process.kernels.Sum",
-    "sklearn.gaussian_process.kernels.WhiteKernel",
-    "sklearn.metrics._dist_metrics.EuclideanDistance64",
-    "sklearn.metrics._dist_metrics.ManhattanDistance64",
-    "sklearn.neighbors._ball_tree.BallTree",
-    "sklearn.neighbors._kd_tree.KDTree",
-    "sklearn.neural_network._stochastic_optimizers.AdamOptimizer",
-    "sklearn.neural_network._stochastic_optimizers.SGDOptimizer",
-    "sklearn.tree._tree.Tree",
-)
-
 # %% ../../nbs/library/models.ipynb #63550734
 class SklearnModel:
     """A fitted scikit-learn estimator.
@@ -316,10 +287,8 @@ class SklearnModel:
         )
 
     def to_files(self) -> dict[str, bytes]:
-        """Return ``model.json`` and ``estimator.skops``."""
-        import skops.io
-
-        return {"model.json": _header(self), "estimator.skops": skops.io.dumps(self.estimator)}
+        """Return ``model.json``, ``estimator.skops``, and under ``code/`` the sources of types that are the project's own."""
+        return {"model.json": _header(self), **dump_estimator(self.estimator)}
 
 # %% ../../nbs/library/models.ipynb #733fe9ac
 def load_model(files: Mapping[str, bytes]) -> Model:
@@ -338,19 +307,7 @@ def load_model(files: Mapping[str, bytes]) -> Model:
         if runtime == "linear":
             return LinearModel.from_json(files["linear.json"])
         if runtime == "python":
-            return SklearnModel(_load_estimator(files["estimator.skops"]), task, classes_n)
+            return SklearnModel(load_estimator(files), task, classes_n)
     except (KeyError, TypeError, UnicodeDecodeError, msgspec.DecodeError) as exc:
         raise IntegrityError(f"these files are no stored model: {exc}") from exc
     raise IntegrityError(f"a model of runtime `{runtime}` cannot be read; known: lightgbm, linear, python", got=runtime)
-
-
-def _load_estimator(raw: bytes) -> Any:
-    import skops.io
-
-    strange = [name for name in skops.io.get_untrusted_types(data=raw) if name not in TRUSTED_TYPES]
-    if strange:
-        raise IntegrityError(
-            f"the stored estimator holds types that ekiben does not trust: {', '.join(strange)}; to read them could run code",
-            types=strange,
-        )
-    return skops.io.loads(raw, trusted=list(TRUSTED_TYPES))

@@ -24,7 +24,7 @@ from .records import Judgement, Policy, Record, Schema, Task
 from .registry import TAKEN_BACK, Registry, Version
 from .resampling import Bootstrap, auc_influence, percentiles
 from .serving.bundle import Bundle, Lineage, Limits, load_bundle, stamp_bundle, write_bundle
-from .serving.code import collect_code
+from .portable import collect_code
 from .serving.served import Served
 from .serving.scorer import Scorer, make_examples
 from .serving.signer import Signer, key_path, sign_folder, signing_key

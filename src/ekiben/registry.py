@@ -18,11 +18,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import RegistryError
+from .errors import RegistryError, UsageError
 from .records import Record
 from .runs import resolve_uri
 from .serving.bundle import Bundle, load_bundle
-from .serving.code import collect_modules
+from .portable import collect_modules
 
 # %% auto #0
 __all__ = ['TAKEN_BACK', 'SCRIPT', 'Version', 'copy_framework', 'requirements_of', 'Registry']
@@ -123,13 +123,24 @@ def copy_framework(folder: Path) -> list[str]:
 
 # %% ../../nbs/library/registry.ipynb #59533803
 def requirements_of(bundle: Bundle) -> list[str]:
-    """Return what a process that serves this bundle needs, at the versions that are installed here."""
+    """Return what a process that serves this bundle needs, at the versions that are installed here.
+
+    Raises
+    ------
+    UsageError
+        When it imports a package that nothing installed here provides: then nobody could install it elsewhere.
+    """
     needs = ["numpy", "msgspec"]
     kept = {"booster.txt": ["lightgbm"], "model.onnx": ["onnxruntime"], "estimator.skops": ["scikit-learn", "skops"]}
     needs += [package for name in bundle.part("model") for package in kept.get(name, [])]
     known = importlib.metadata.packages_distributions()
     needs += [known.get(n, [n])[0] for n in bundle.info.needs]
-    return sorted({f"{n}=={importlib.metadata.version(n)}" for n in needs})
+    try:
+        return sorted({f"{n}=={importlib.metadata.version(n)}" for n in needs})
+    except importlib.metadata.PackageNotFoundError as exc:
+        raise UsageError(
+            f"the model needs `{exc.name}`, which no installed distribution provides; install it with pip, or move its code to src/"
+        ) from exc
 
 # %% ../../nbs/library/registry.ipynb #a53b153d
 class Registry:

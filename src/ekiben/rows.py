@@ -5,6 +5,7 @@
 # %% ../../nbs/library/rows.ipynb #5ef0c7f2
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from math import isfinite
@@ -18,25 +19,34 @@ from .errors import RowError, did_you_mean
 from .records import Field, Kind, Schema
 
 # %% auto #0
-__all__ = ['parse_date', 'name_type', 'Check', 'RowReader']
+__all__ = ['LONGEST_DATE', 'parse_date', 'name_type', 'Check', 'RowReader']
 
 # %% ../../nbs/library/rows.ipynb #fc7312de
+LONGEST_DATE = 48  # a moment with nanoseconds, and with the seconds of its zone, has 45 characters
+_ISO = re.compile(r"[0-9]{4}(?:-[0-9]{2}-[0-9]{2}|[0-9]{4}|-?W[0-9]{2}(?:-?[0-9])?)(?:[^0-9].*)?", re.DOTALL)
+
+
 def parse_date(text: str, format: str | None = None) -> datetime | None:
     """Return the moment that a text names, in UTC and without a zone; None if it names none.
 
     Parameters
     ----------
     text : str
-        Written as `format` says, or as ISO 8601.
+        Written as `format` says, or as ISO 8601 in at most `LONGEST_DATE` characters.
     format : str, optional
         A ``strptime`` format, tried first.
+
+    Notes
+    -----
+    ``fromisoformat`` takes any character for the one between date and time, and any number of digits of a second, so
+    that it reads every long number whose first eight digits are a day. Here that is no date.
     """
     moment = None
     try:
-        moment = datetime.strptime(text, format) if format else datetime.fromisoformat(text)
+        moment = datetime.strptime(text, format) if format else _parse_iso(text)
     except ValueError:
         try:
-            moment = datetime.fromisoformat(text) if format else None
+            moment = _parse_iso(text) if format else None
         except ValueError:
             moment = None
     if moment is not None and moment.tzinfo is not None:
@@ -45,6 +55,10 @@ def parse_date(text: str, format: str | None = None) -> datetime | None:
         except OverflowError:  # the first and the last day there is, elsewhere
             moment = None
     return moment
+
+
+def _parse_iso(text: str) -> datetime | None:
+    return datetime.fromisoformat(text) if len(text) <= LONGEST_DATE and _ISO.fullmatch(text) else None
 
 # %% ../../nbs/library/rows.ipynb #85daa81c
 _NAMES = {str: "a text", bool: "a flag", int: "a number", float: "a number", type(None): "null", list: "a list", dict: "an object"}

@@ -16,7 +16,7 @@ from .values import hide_passwords
 
 # %% auto #0
 __all__ = ['MISSING', 'SECTIONS', 'Section', 'PipelineSection', 'DataSection', 'ColumnsSection', 'GatesSection', 'ServeSection',
-           'MonitorSection', 'RetrainSection', 'DeploySection', 'types_of', 'Settings']
+           'MonitorSection', 'RetrainSection', 'DeploySection', 'CardSection', 'types_of', 'Settings']
 
 # %% ../../nbs/library/sections.ipynb #15748478
 class Section(BaseModel):
@@ -125,6 +125,7 @@ class ServeSection(Section):
     retention_days: int = Field(365, ge=0, description="days that the journal is kept (0: for ever)")
     encryption: bool = Field(False, description="encrypt the sealed part of the journal")
     trusted_keys: tuple[str, ...] = Field((), description="public keys, or files of them, whose signed Bentos are served too")
+    trusted_types: tuple[str, ...] = Field((), description="types that a stored estimator may hold, by their full names: pkg.module.Class")
     keys: str = Field("", description="file with the API keys (default: .ekiben/keys.json)")
     rate_limit: float = Field(0, ge=0, description="requests a second for each key (0: any number)")
     tls_certificate: str = Field("", description="PEM file of the certificate; with tls_key, the service speaks HTTPS")
@@ -181,6 +182,21 @@ class DeploySection(Section):
             raise PydanticCustomError("shares", "takes rising shares in percent, none above 100, such as 5, 25, 100")
         return steps
 
+# %% ../../nbs/library/sections.ipynb #a1c0de09
+class CardSection(Section):
+    """``[card]``: what only a person can say of the data and the decisions, for `ekiben export card`; nothing reads it while training."""
+
+    controller: str = Field("", description="who is responsible for the processing: organisation and address")
+    purpose: str = Field("", description="why personal data are processed (what the model is for: [evaluate] intended_use)")
+    lawful_basis: str = Field("", description="on which basis: consent, contract, legal obligation, legitimate interests …")
+    consent_basis: str = Field("", description="how consent was given and where that is recorded; or why none is needed")
+    notice: str = Field("", description="where people are told of the processing: an address or a document")
+    human_review: str = Field("", description="how a person contests a decision, and who looks at it")
+    impact_assessment: str = Field("", description="reference of the data protection impact assessment")
+    recipients: str = Field("", description="who else gets the data or the answers; whether they are sold or shared")
+    transfers: str = Field("", description="countries that data or answers go to, and on which basis")
+    retention_reason: str = Field("", description="why data are kept as long as they are")
+
 # %% ../../nbs/library/sections.ipynb #1c532c2e
 SECTIONS: dict[str, type[Section]] = {
     "pipeline": PipelineSection,
@@ -191,6 +207,7 @@ SECTIONS: dict[str, type[Section]] = {
     "monitor": MonitorSection,
     "retrain": RetrainSection,
     "deploy": DeploySection,
+    "card": CardSection,
 }
 
 
@@ -207,7 +224,7 @@ class Settings(Section):
     ----------
     root : Path
         The project's folder.
-    pipeline, data, columns, gates, serve, monitor, retrain, deploy
+    pipeline, data, columns, gates, serve, monitor, retrain, deploy, card
         ekiben's own sections.
     steps : dict of str to dict
         Every parameter of every step, as the notebook's default or as it was set.
@@ -222,6 +239,7 @@ class Settings(Section):
     monitor: MonitorSection
     retrain: RetrainSection
     deploy: DeploySection
+    card: CardSection
     steps: dict[str, dict[str, Any]]
     _places: dict[tuple[str, str], str] = PrivateAttr(default_factory=dict)
     _secrets: dict[str, str] = PrivateAttr(default_factory=dict)

@@ -27,6 +27,7 @@ from .redaction import Hidden, Redactor, redactor_of
 from .runs import FileStamp, Layout, StepResult
 from .settings import Settings, find_root, load_settings
 from .store import Store
+from .trusted import declare_types
 from .watching import digest_of_secret
 
 # %% auto #0
@@ -127,6 +128,7 @@ def begin(name: str) -> Project:
     if source not in sys.path:
         sys.path.insert(0, source)
     importlib.invalidate_caches()
+    declare_types(settings.serve.trusted_types)
     warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, on every page that loads Optuna or shap
     _session = _Session(context, by_hand=not given)
     _session.know(settings)

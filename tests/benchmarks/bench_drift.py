@@ -1,7 +1,7 @@
 """Drift: how often it is seen where there is none, how fast a table is compared, and a journal of ten million rows.
 
-Run with ``python tests/benchmarks/bench_drift.py [windows|table|journal]``; without a word, all three. The journal takes
-about 1 GB under the temporary folder and is removed at the end.
+Run with ``python tests/benchmarks/bench_drift.py [windows|table|journal [ROWS]]``; without a word, all three. The journal
+lies under the temporary folder and is removed at the end.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ekiben.monitor.counting import count_columns
 from ekiben.monitor.drift import compare_window
 from ekiben.monitor.labels import label_columns
 from ekiben.profile import profile_of
+from ekiben.reference import Reference, reference_of
 
 WORLDS, EACH, ROWS = 50, 20, 2_000
 TABLE, COLUMNS = 100_000, 20
@@ -105,28 +106,28 @@ def raw_rows(before: Columns, now: Columns) -> None:
             stats.chi2_contingency(both.to_numpy().T)
 
 
-def journal() -> None:
+def journal(rows: int = JOURNAL) -> None:
     """Print rows a second and memory for a journal of ten million rows; the counting is a process of its own."""
     folder = Path(tempfile.mkdtemp(prefix="bench-drift-"))
     try:
         begun = time.perf_counter()
-        profile = write_journal(folder / "journal")
-        (folder / "profile.json").write_bytes(profile)
+        for name, raw in zip(("profile", "reference"), write_journal(folder / "journal", rows), strict=True):
+            (folder / f"{name}.json").write_bytes(raw)
         size = sum(p.stat().st_size for p in (folder / "journal").rglob("*.parquet"))
-        print(f"{JOURNAL:,} journalled rows × {COLUMNS} columns, {size / 1e6:,.0f} MB (written in {time.perf_counter() - begun:.0f} s)")
+        print(f"{rows:,} journalled rows × {COLUMNS} columns, {size / 1e6:,.0f} MB (written in {time.perf_counter() - begun:.0f} s)")
         for share in (0.1, 1.0):
             subprocess.run([sys.executable, __file__, "count", str(folder), str(share)], check=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_journal(folder: Path) -> bytes:
-    """Write sealed files of predictions, one day after the other, and return the profile of such rows."""
+def write_journal(folder: Path, rows: int) -> tuple[bytes, bytes]:
+    """Write sealed files of predictions, a fifth of them labelled, and return profile and reference of such rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from ekiben.records import Field, Schema
-    from ekiben.serving.seal import prediction_schema, sealed_path
+    from ekiben.serving.seal import feedback_schema, prediction_schema, sealed_path
     from ekiben.serving.segments import origin_of
 
     rng = np.random.default_rng(0)
@@ -140,9 +141,9 @@ def write_journal(folder: Path) -> bytes:
     base = {n: rng.normal(size=FILE) for n in numbers} | {n: rng.integers(0, 20, FILE) for n in texts}
     said = rng.random(FILE)
     first = np.datetime64("2026-01-01", "us")
-    for number in range(JOURNAL // FILE):
+    for number in range(rows // FILE):
         turn = rng.integers(FILE)  # other rows beside each other, without drawing all anew
-        at = first + (np.arange(number * FILE, (number + 1) * FILE) * (DAYS * 86_400_000_000 // JOURNAL)).astype("timedelta64[us]")
+        at = first + (np.arange(number * FILE, (number + 1) * FILE) * (DAYS * 86_400_000_000 // rows)).astype("timedelta64[us]")
         arrays = {
             "_id": pa.array(np.char.mod("%032d", np.arange(number * FILE, (number + 1) * FILE))),
             "_time": pa.array(at, pa.timestamp("us", tz="UTC")),
@@ -156,8 +157,16 @@ def write_journal(folder: Path) -> bytes:
         path.parent.mkdir(parents=True, exist_ok=True)
         cast = [arrays[f.name].cast(f.type) if f.name in arrays else pa.nulls(FILE, f.type) for f in types]
         pq.write_table(pa.table(cast, schema=types), path, compression="zstd", row_group_size=50_000)
+        told = np.arange(0, FILE, 5)
+        path = sealed_path(folder, "feedback", str(at[0])[:10], f"v1-{number:05d}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        truth = np.where(rng.random(len(told)) < np.roll(said, turn)[told], "yes", "no")
+        labels = [arrays["_id"].take(pa.array(told)), arrays["_time"].take(pa.array(told)), pa.array(truth)]
+        pq.write_table(pa.table(labels, schema=feedback_schema(origin)), path, compression="zstd")
     c = Columns({n: base[n] if n in numbers else words[base[n]] for n in [*numbers, *texts]}, dict.fromkeys(texts, "category"))
-    return profile_of(c).with_predictions(said).to_json()
+    profile = profile_of(c).with_predictions(said)
+    y = (rng.random(FILE) < said).astype(np.int64)
+    return profile.to_json(), reference_of(schema, profile, c, y, said, said >= 0.5).to_json()
 
 
 def count(folder: str, share: str) -> None:
@@ -166,19 +175,26 @@ def count(folder: str, share: str) -> None:
     from ekiben.profile import Profile
 
     profile = Profile.from_json((Path(folder) / "profile.json").read_bytes())
+    reference = Reference.from_json((Path(folder) / "reference.json").read_bytes())
     since = datetime(2026, 1, 1, tzinfo=UTC)
-    begun = time.perf_counter()
-    window = read_window(Path(folder) / "journal", since, since + timedelta(days=DAYS * float(share)), profile=profile)
-    found = compare_window(profile, window)
-    taken = time.perf_counter() - begun
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    named = [d.column for d in found if d.is_drifting]
-    print(f"  {window.rows:12,} rows {taken:6.1f} s = {window.rows / taken:11,.0f} rows/s, peak {peak:5.0f} MB, named: {named}")
+    until = since + timedelta(days=DAYS * float(share))
+    for labels in (None, reference):
+        begun = time.perf_counter()
+        window = read_window(Path(folder) / "journal", since, until, profile=profile, reference=labels, classes=("no", "yes"))
+        found = compare_window(profile, window)
+        about = residual_drift(reference, window.labelled, profile) if window.labelled else []
+        taken = time.perf_counter() - begun
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        named = [d.column for d in (*found, *about) if d.is_drifting]
+        told = f"and {window.labelled.total:10,} labels" if window.labelled else "                      "
+        print(f"  {window.rows:12,} rows {told} {taken:6.1f} s = {window.rows / taken:9,.0f} rows/s, peak {peak:5.0f} MB, named: {named}")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["count"]:
         count(*sys.argv[2:4])
+    elif sys.argv[1:2] == ["journal"]:
+        journal(*map(int, sys.argv[2:3]))
     else:
         for part in sys.argv[1:] or ["windows", "table", "journal"]:
             {"windows": windows, "table": table, "journal": journal}[part]()

@@ -77,7 +77,7 @@ def key_of(
     page = notebooks.get(notebook, _look_at_cells)
     key = {"format": FORMAT, **page["cells"]}
     imports = Imports(root, modules, Libraries(memo_of(root, "libraries"), save=save), replaced)
-    reached = imports.reach(page["imports"], notebook.parent)
+    reached = imports.reach({*page["imports"], *_named_in(parameters)}, notebook.parent)
     for module, parts in sorted(reached.parts.items()):
         for part, value in parts.items():
             key[f"module {module}: {part}" if part else f"module {module}"] = value
@@ -90,6 +90,13 @@ def key_of(
         for memo in (notebooks, modules, memo_of(root, "loads")):
             memo.save()
     return key
+
+# %% ../../../nbs/library/cache/keys.ipynb #cb2679a6
+def _named_in(parameters: Mapping[str, Any]) -> set[str]:
+    """Return the dotted names among the values of parameters, and in lists of them."""
+    values = [v for value in parameters.values() for v in (value if isinstance(value, list | tuple) else [value])]
+    parts = [(v, v.split(".")) for v in values if isinstance(v, str)]
+    return {v for v, names in parts if len(names) > 1 and all(name.isidentifier() for name in names)}
 
 # %% ../../../nbs/library/cache/keys.ipynb #31bb72c3
 def _look_at_cells(notebook: Path) -> dict[str, Any]:

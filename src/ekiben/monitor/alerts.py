@@ -10,6 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec.structs import replace
+
+from .pictures import words
 from .quality import since_when
 from .records import Alert, DriftSeen, Fairness, MonitorReport, Quality, Traffic
 from ..palette import short
@@ -111,7 +114,11 @@ def _sentence(d: DriftSeen) -> str:
 # %% ../../../nbs/library/monitor/alerts.ipynb #7882875f
 def alerts_of_quality(quality: Quality, rows: Rows, tag: tuple[str, ...], *, labelled: int) -> list[Alert]:
     """Return alerts about figures that are worse, about the loss, about residuals of an input, and about the estimate."""
-    out = [_worse(j, quality, rows, tag) for j in quality.worse]
+    known = [j for j in quality.worse if j.name.endswith("as at packaging")]
+    out = [_worse(j, quality, rows, tag) for j in [*known[:1], *(j for j in quality.worse if j not in known)]]
+    if len(known) > 1:
+        beside = ", ".join(f"{words(j.metric)} {short(j.value or 0.0)}, was {short(j.limit)}" for j in known[1:])
+        out[0] = replace(out[0], says=f"{out[0].says[:-1]} (and {beside}).")
     seen = {a.figure for a in out}
     for d in quality.concept:
         if d.get("is_drifting"):
@@ -141,12 +148,13 @@ def _worse(j: Judgement, quality: Quality, rows: Rows, tag: tuple[str, ...]) -> 
     is_estimated = "estimated" in j.name
     is_gate = not is_estimated and "as at packaging" not in j.name
     since = since_when(quality.parts, j)
-    said = f"{j.metric} is {short(j.value or 0.0)} ({short(j.low or 0.0)} to {short(j.high or 0.0)})"
+    name = words(j.metric)
+    said = f"{name} is {short(j.value or 0.0)} ({short(j.low or 0.0)} to {short(j.high or 0.0)})"
     against = f"the declared `{j.name}` is missed" if is_gate else f"it was {short(j.limit)} at packaging"
     if is_estimated:
-        said = f"{j.metric} is expected to be {short(j.value or 0.0)} ({short(j.low or 0.0)} to {short(j.high or 0.0)}) before any label has come"
+        said = f"{name} is expected to be {short(j.value or 0.0)} ({short(j.low or 0.0)} to {short(j.high or 0.0)}) before any label has come"
     return Alert(
-        id=alert_id("quality", ("estimated-" if is_estimated else "gate-" if is_gate else "") + j.metric, *tag), kind="quality", column="",
+        id=alert_id("quality", "estimated" if is_estimated else f"gate-{j.metric}" if is_gate else "packaging", *tag), kind="quality", column="",
         figure=("estimated " if is_estimated else "") + j.metric, value=j.value or 0.0, limit=j.limit, since=since, says=f"{said}; {against}.",
         rows=rows.where("", since=since, labelled=not is_estimated),
         advice="Get labels for recent rows, and see which inputs moved." if is_estimated
@@ -181,7 +189,8 @@ def _fair_since(fair: Fairness, j: Judgement) -> str:
         values = [m.value for m in part.measures if m.name == name and m.value == m.value]
         spreads.append((part.since, max(values) - min(values) if len(values) > 1 else 0.0))
     worst = max((s for _, s in spreads), default=0.0)
-    return next((since for since, s in spreads if s >= worst / 2 > 0), "")
+    since = next((since for since, s in spreads if s >= worst / 2 > 0), "")
+    return "" if spreads and since == spreads[0][0] else since  # it was so before the window
 
 
 def alerts_of_traffic(traffic: Traffic, tag: tuple[str, ...], *, max_error_share: float, max_p99_ms: float, least: int = 100) -> list[Alert]:

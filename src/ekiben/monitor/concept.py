@@ -219,7 +219,7 @@ def _residual_tests(column: ColumnProfile, before: BinSums, now: np.ndarray, ref
     bins = np.flatnonzero(group == worst)
     out.where = _where(column, bins)
     name = _in_words(column, bins)
-    out.says = f"where {name}, what is true exceeds what is said by {mean[worst]:+.3g}, {mean_before[worst]:+.3g} before ({int(n[worst]):,} rows)"
+    out.says = f"where {name}: true less said is {mean[worst]:+.3g}, {mean_before[worst]:+.3g} before ({int(n[worst]):,} rows)"
     return out
 
 
@@ -248,9 +248,15 @@ def _in_words(column: ColumnProfile, bins: np.ndarray) -> str:
         return f"`{column.name}` is {', '.join(levels[:3])}{' …' if len(levels) > 3 else ''}" if levels else f"`{column.name}` is something else"
     if column.kind == "flag":
         return f"`{column.name}` is {str(bins[0] > 0).lower()}"
-    low, high = bins[0] - 1, min(int(bins[-1]), len(column.counts) - 1)
-    if low < 0:
-        return f"`{column.name}` is below {column.cuts[min(high, len(column.cuts) - 1)]:.4g}"
-    if high >= len(column.cuts):
-        return f"`{column.name}` is at least {column.cuts[low]:.4g}"
-    return f"`{column.name}` is {column.cuts[low]:.4g} to {column.cuts[high]:.4g}"
+    low, high = int(bins[0]) - 1, min(int(bins[-1]), len(column.counts) - 1)
+    under = _cut(column, high)[1] if high < len(column.cuts) else ""
+    over = _cut(column, low)[0] if low >= 0 else ""
+    return f"`{column.name}` is {' and '.join(part for part in (over, under) if part) or 'anything'}"
+
+
+def _cut(column: ColumnProfile, i: int) -> tuple[str, str]:
+    """Say what lies above and below a cut; some are the next number after a value, to set that value apart."""
+    cut, before = column.cuts[i], float(np.nextafter(column.cuts[i], -np.inf))
+    if i == len(column.cuts) - 1 or (i and column.cuts[i - 1] == before):
+        return f"above {before:.4g}", f"at most {before:.4g}"
+    return f"at least {cut:.4g}", f"below {cut:.4g}"

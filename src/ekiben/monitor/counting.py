@@ -67,7 +67,13 @@ class Binner:
         if self.column.kind in ("category", "text"):
             return self._place_texts(values)
         numbers = _to_numbers(values)
-        bins = np.searchsorted(self._cuts, numbers, side="right")
+        if len(self._cuts) < 100:
+            below = np.zeros(len(numbers), dtype=np.uint8)
+            for cut in self._cuts:
+                below += numbers >= cut
+            bins = below.astype(np.int64)
+        else:
+            bins = np.searchsorted(self._cuts, numbers, side="right")
         bins[np.isnan(numbers)] = self.size - 1
         return Places(bins)
 
@@ -202,7 +208,7 @@ class Counter:
         away = np.where(np.isfinite(away), away, 0.0)
         sums = self.counts.sums[name]
         if one:
-            sums[at[0]] += away.sum(), away @ away
+            sums[at[0]] += away.sum(), np.square(away).sum()  # a BLAS product would wake threads for nothing
         else:
             sums[:, 0] += np.bincount(at, away, minlength=self.blocks)
             sums[:, 1] += np.bincount(at, away * away, minlength=self.blocks)

@@ -164,7 +164,7 @@ def _describe(
     return ColumnDrift(
         column=column.name, kind=column.kind, rows=rows, test=test.name, statistic=test.statistic, p_value=test.p_value,
         limit=alpha, size=test.size, floor=floor.of(test.name), psi=psi(np.array([*column.counts, column.missing], dtype=np.float64), here),
-        distance=distance_of(column, here, mean), missing=here[-1] / max(rows, 1), missing_before=column.missing_share,
+        distance=distance_of(column, here, mean), missing=int(here[-1]) / max(rows, 1), missing_before=column.missing_share,
         unseen=unseen / max(rows, 1), outside=outside / max(rows, 1), is_drifting=bool(large), since=since,
         where=_where(column, test), says=_says(column, test, here, mean, unseen, outside),
     )  # fmt: skip

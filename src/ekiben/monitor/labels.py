@@ -63,7 +63,7 @@ class Labels:
         calibration = np.zeros((len(reference.calibration.rows), 3))
         self.found = Labelled(np.zeros(blocks, dtype=np.int64), np.zeros((blocks, 2)), np.zeros((blocks, 2)), own, calibration)
 
-    def add(self, values: Mapping[str, Any], y: np.ndarray, prediction: np.ndarray, block: np.ndarray | None = None) -> None:
+    def add(self, values: Mapping[str, Any], y: np.ndarray, prediction: np.ndarray, block: np.ndarray | int = 0) -> None:
         """Add a batch.
 
         Parameters
@@ -72,10 +72,11 @@ class Labels:
             The inputs, NumPy's or Arrow's; one that is not there counts as missing.
         y : (n,) int (class index) or float
         prediction : (n,) or (n, classes) float
-        block : (n,) int, optional
+        block : (n,) int, or int
+            The block of each row, or of all.
         """
         out, n = self.found, len(y)
-        at = np.zeros(n, dtype=np.int64) if block is None else block
+        at = np.broadcast_to(np.asarray(block, dtype=np.int64), (n,))
         said, residual, loss = said_of(prediction), residuals_of(y, prediction), losses_of(y, prediction)
         cut, one = np.clip(residual, *self.reference.limits), np.ones(n)
         out.rows += np.bincount(at, minlength=self.blocks)

@@ -9,18 +9,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import UsageError
-from .answers import Answers, open_answered, read_answers, rows_by_part, rows_by_version
+from .answers import Answers, losses_told, open_answered, read_answers, rows_by_part, rows_by_version
 from .groups import join_groups
 from .model import champion_of, find_bundle, pick_version
-from .period import edges_of, period
+from .period import edges_of, iso, period
 from .records import Span, Traffic, Watched
+from .sequential import follow
 from .traffic import measure_traffic, read_telemetry
 from .window import WindowCounts, read_window
+from ..palette import short
 from ..profile import Profile
 from ..records import Schema
 from ..reference import Reference
@@ -119,6 +121,27 @@ class Look:
             self.db, begin or self.begin, self.end, profile=self.profile, fields=self.schema.inputs, version=self.version,
             reference=self.reference, classes=self.schema.classes, blocks=self.parts,
         )  # fmt: skip
+
+    def sequential(self, alpha: float) -> dict[str, Any]:
+        """Return what the test of the loss says that may be looked at any time: ``ekiben.monitor.sequential.Sequence``, in words too.
+
+        Parameters
+        ----------
+        alpha : float
+            Chance that it ever alarms without a cause, over all looks.
+        """
+        if self.reference is None:
+            return {}
+        block_s = max(60.0, (self.end - self.begin).total_seconds() / self.parts)
+        starts, *sums = losses_told(self.db, self.schema, version=self.version, until=self.end, block_s=block_s)
+        if not len(starts):
+            return {}
+        found = follow(self.reference.loss, *sums, alpha=alpha)
+        is_drifting = found.has_alarmed and found.path[-1] > 0
+        name = "squared error" if self.schema.task == "regression" else "Brier score"
+        since = iso(starts[found.since]) if is_drifting and found.since > 0 else ""
+        says = f"the mean {name} of {found.rows:,} labelled rows rose to {short(found.value)}, {short(found.before)} before" if is_drifting else ""
+        return found.to_dict() | {"is_drifting": is_drifting, "since": since, "says": says, "now": found.value, "path": list(found.path[-200:])}
 
     def people(self, path: str, id_column: str, columns: Sequence[str]) -> Answers | None:
         """Return the answers with the groups of the people they are about; None where no group is known.

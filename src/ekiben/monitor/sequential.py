@@ -12,7 +12,7 @@ from ..records import Record
 from ..reference import Moments
 
 # %% auto #0
-__all__ = ['TIGHTEST', 'LEAST_ROWS', 'rho_squared', 'radius', 'Sequence', 'follow']
+__all__ = ['TIGHTEST', 'LEAST_ROWS', 'rho_squared', 'radius', 'Sequence', 'starts_for', 'follow']
 
 # %% ../../../nbs/library/monitor/sequential.ipynb #8c671fb3
 TIGHTEST = 1_000
@@ -79,7 +79,18 @@ class Sequence(Record, frozen=True, kw_only=True):
     since: int
     path: tuple[float, ...]
 
-# %% ../../../nbs/library/monitor/sequential.ipynb #6819be29
+# %% ../../../nbs/library/monitor/sequential.ipynb #8cc439bc
+def starts_for(end: int, most: int = 256) -> np.ndarray:
+    """Return the blocks at which the sequences begin that are looked at after `end` blocks, rising.
+
+    All of them; or, of more than `most`, those at growing distances before the end. Looking at fewer costs nothing of the
+    guarantee, which counts all.
+    """
+    if end <= most:
+        return np.arange(end)
+    return np.unique(end - np.geomspace(1, end, most).round().astype(np.int64))
+
+# %% ../../../nbs/library/monitor/sequential.ipynb #fe6ed3af
 def follow(reference: Moments, rows: np.ndarray, sums: np.ndarray, squares: np.ndarray, *, alpha: float = 0.01) -> Sequence:
     """Follow a mean that must not rise above the reference's: the loss.
 
@@ -104,21 +115,22 @@ def follow(reference: Moments, rows: np.ndarray, sums: np.ndarray, squares: np.n
     closest = (-np.inf, 0.0, 0.0, -1)
     alarmed_at, since = -1, -1
     for end in range(1, m + 1):
-        n, s, q = (t[end] - t[:end] for t in total)
+        begun = starts_for(end)
+        n, s, q = (t[end] - t[begun] for t in total)
         told = n >= LEAST_ROWS
         if not told.any() or not reference.std:
             path.append(0.0 if not path else path[-1])
             continue
         n, mean = np.where(told, n, 1.0), np.where(told, s / np.where(told, n, 1.0), 0.0)
         std = np.maximum(np.sqrt(np.maximum(q / n - mean**2, 0.0)), reference.std)
-        low = np.where(told, mean - radius(n, std, share[:end]), -np.inf)
+        low = np.where(told, mean - radius(n, std, share[begun]), -np.inf)
         best = int(np.argmax(low))
         over = float(low[best] - upper) / reference.std
         path.append(over)
         if alarmed_at < 0 and over > 0:
-            alarmed_at, since = end - 1, best
+            alarmed_at, since = end - 1, int(begun[best])
         if over > closest[0]:
-            closest = (over, float(mean[best]), float(low[best]), best)
+            closest = (over, float(mean[best]), float(low[best]), int(begun[best]))
     return Sequence(
         rows=int(total[0][-1]), alpha=alpha, before=reference.mean, upper=float(upper), value=closest[1], low=max(closest[2], -1e300),
         has_alarmed=alarmed_at >= 0, alarmed_at=alarmed_at, since=since, path=tuple(float(f"{v:.5g}") for v in path),

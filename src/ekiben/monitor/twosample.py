@@ -76,7 +76,7 @@ def shape_test(before: np.ndarray, counts: np.ndarray) -> Test:
     reference, found = pool(before.astype(np.float64), counts.astype(np.float64))
     kept = reference + found > 0
     reference, found = reference[kept], found[kept]
-    rows, rows_before = found.sum(), reference.sum()
+    rows, rows_before = float(found.sum()), float(reference.sum())
     if len(found) < 2 or not rows or not rows_before:
         return Test("shape", 0.0, 1.0, 0.0)
     part = rows / (rows + rows_before)
@@ -192,7 +192,7 @@ def distance_of(column: ColumnProfile, counts: np.ndarray, mean: float | None = 
     apart = np.abs(np.cumsum(before) - np.cumsum(here))[1:-1]
     carried = float((apart * np.diff(column.cuts)).sum())
     moved = 0.0 if mean is None or column.mean is None else abs(mean - column.mean)
-    return max(carried, moved) / spread
+    return float(max(carried, moved) / spread)
 
 # %% ../../../nbs/library/monitor/twosample.ipynb #da7e3ee3
 def _spread(column: ColumnProfile) -> float:

@@ -128,6 +128,8 @@ def read_window(
     decisions: dict[str, np.ndarray] = {}
     query = f"SELECT {reader.select()} FROM predictions WHERE {chosen.where(names)}"
     for part in stream(connection, query, batch=batch):
+        if not part.num_rows:
+            continue
         values, block = reader.read(part)
         counter.add(values, part.num_rows, block)
         if reader.has_label:
@@ -154,18 +156,23 @@ class _Reader:
         label = [f"{a}_label"] if self.has_label else []
         return ", ".join([f"epoch_us({a}_time) AS _at", *label, *said])
 
-    def read(self, part: pa.RecordBatch) -> tuple[dict[str, Any], np.ndarray]:
+    def read(self, part: pa.RecordBatch) -> tuple[dict[str, Any], np.ndarray | int]:
+        values = {name: part.column(f"c{i}") for i, name in enumerate(self.columns)}
         at = part.column("_at").to_numpy(zero_copy_only=False)
+        first, last = np.clip(np.searchsorted(self.edges, [at.min(), at.max()], side="right") - 1, 0, len(self.edges) - 2)
+        if first == last:  # as most batches are: rows lie in the order in which they came
+            return values, int(first)
         block = np.clip(np.searchsorted(self.edges, at, side="right") - 1, 0, len(self.edges) - 2)
-        return {name: part.column(f"c{i}") for i, name in enumerate(self.columns)}, block
+        return values, block
 
 
-def _count_labels(decisions: dict[str, np.ndarray], labels: pa.Array, block: np.ndarray, blocks: int) -> None:
+def _count_labels(decisions: dict[str, np.ndarray], labels: pa.Array, block: np.ndarray | int, blocks: int) -> None:
     coded = labels.dictionary_encode()
     codes = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    at = np.broadcast_to(block, codes.shape)
     for code, label in enumerate(coded.dictionary.to_pylist()):
         decisions.setdefault(label, np.zeros(blocks, dtype=np.int64))
-        decisions[label] += np.bincount(block[codes == code], minlength=blocks)
+        decisions[label] += np.bincount(at[codes == code], minlength=blocks)
 
 
 def _read_labelled(

@@ -163,7 +163,7 @@ def settle_later(root: Path, environment: str) -> None:
             stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True, cwd=Path(root),
         )  # fmt: skip
 
-# %% ../../../nbs/library/rollout/aliases.ipynb #48e866d5
+# %% ../../../nbs/library/rollout/aliases.ipynb #1844af87
 def registry_of(root: Path) -> Registry:
     """Return a project's registry, as its settings say."""
     from ekiben.registry import Registry
@@ -175,6 +175,8 @@ def registry_of(root: Path) -> Registry:
 
 def _main() -> int:
     root, environment = Path(sys.argv[1]), sys.argv[2]
+    if hasattr(os, "nice"):
+        os.nice(10)  # the service comes first
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
         settle(root, registry_of(root), environment)

@@ -18,7 +18,8 @@ from ..encoding import Preprocessor
 from ..errors import IntegrityError
 from ..records import Policy, Record, Schema, Task
 from ..reference import Reference
-from .code import load_code, third_party
+from ..portable import load_code, third_party
+from ..skopsfile import packages_of
 from .integrity import open_folder, seal_folder
 from .signing import Seal, open_signed
 from .trust import Trust
@@ -85,7 +86,7 @@ class BundleInfo(Record, frozen=True):
     limits : Limits
     lineage : Lineage
     needs : tuple of str
-        Packages that the user's code imports beside NumPy.
+        Packages, beside NumPy and scikit-learn's own, that the user's code imports and that the model's types are of.
     format : int
         Version of the bundle's form.
     """
@@ -213,6 +214,7 @@ def write_bundle(
     reference : bytes
         What the held-out rows said, as JSON; see ``ekiben.reference``.
     """
+    kept = model.to_files()
     info = BundleInfo(
         name=name,
         runtime=model.runtime,
@@ -223,7 +225,7 @@ def write_bundle(
         policy=policy,
         limits=limits or Limits(),
         lineage=lineage or Lineage(),
-        needs=tuple(n for n in third_party(code) if n != "numpy"),
+        needs=tuple(sorted({*third_party(code), *packages_of(kept)} - {"numpy"})),
     )
     seal_folder(
         folder,
@@ -236,7 +238,7 @@ def write_bundle(
             "card.md": card.encode(),
             **({"runtimes.json": runtimes} if runtimes else {}),
             **({"reference.json": reference} if reference else {}),
-            **{f"model/{n}": raw for n, raw in model.to_files().items()},
+            **{f"model/{n}": raw for n, raw in kept.items()},
             **{f"code/{n}": text.encode() for n, text in code.items()},
         },
     )

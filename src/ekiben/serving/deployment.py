@@ -174,7 +174,7 @@ def _sealed_bytes(deployment: Deployment, statement: dict[str, str | int], signa
     said = {"deployment": deployment.to_dict(), "signature": json.loads(signature_bytes(statement, signature))}
     return json.dumps(said, indent=2, ensure_ascii=False).encode() + b"\n"
 
-# %% ../../../nbs/library/serving/deployment.ipynb #485da74f
+# %% ../../../nbs/library/serving/deployment.ipynb #9e7b12ed
 def write_deployment(folder: Path, deployment: Deployment, signer: Signer) -> None:
     """Sign a deployment and put it in place; a service that polls the folder takes it from there.
 
@@ -190,7 +190,7 @@ def write_deployment(folder: Path, deployment: Deployment, signer: Signer) -> No
     UsageError
         When it contradicts itself, is for another folder, or its number is not higher than the newest one's.
     """
-    folder = Path(folder)
+    folder, deployment = Path(folder), Deployment.from_json(deployment.to_json())  # as it will be read: 1 as 1.0
     deployment.check()
     if folder.resolve().name != deployment.environment:
         raise UsageError(f"the deployment is for {deployment.environment}, and the folder is `{folder}`")

@@ -5,6 +5,7 @@
 # %% ../../../nbs/library/serving/options.ipynb #d4711e34
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Self
 
@@ -12,6 +13,7 @@ import msgspec
 
 from ..errors import UsageError
 from ..records import Record
+from ..trusted import split_names
 
 # %% auto #0
 __all__ = ['Options', 'variable_of', 'ServiceOptions']
@@ -63,6 +65,8 @@ SWITCH = {"yes": True, "true": True, "on": True, "1": True, "no": False, "false"
 
 
 def _write(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(value)
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
@@ -71,6 +75,8 @@ def _read(raw: str, kind: Any, name: str) -> Any:
         if raw.lower() not in SWITCH:
             raise UsageError(f"{name} takes yes or no, got `{raw}`")
         return SWITCH[raw.lower()]
+    if typing.get_origin(kind) is tuple:
+        return split_names(raw)
     try:
         return msgspec.convert(raw, kind, strict=False)
     except msgspec.ValidationError as exc:
@@ -109,11 +115,13 @@ class ServiceOptions(Options, frozen=True):
         Whether each request is a line in the log.
     otlp_endpoint : str
         Address of an OpenTelemetry collector (OTLP over HTTP); empty: none.
+    trusted_types : tuple of str
+        Types that a stored estimator may hold, beside those that ekiben knows; see `ekiben.trusted`.
     """
 
     settable: ClassVar[tuple[str, ...]] = (
         "keys", "rate_limit", "tls_certificate", "tls_key", "max_concurrency", "drain_s", "cache_entries", "log_requests",
-        "otlp_endpoint",
+        "otlp_endpoint", "trusted_types",
     )
 
     keys: str = ""
@@ -125,3 +133,4 @@ class ServiceOptions(Options, frozen=True):
     cache_entries: Annotated[int, msgspec.Meta(ge=0)] = 0
     log_requests: bool = False
     otlp_endpoint: str = ""
+    trusted_types: tuple[str, ...] = ()

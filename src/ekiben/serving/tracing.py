@@ -18,7 +18,7 @@ import numpy as np
 from .. import features as features_module
 from ..columns import Columns
 from ..records import Field
-from .code import load_code, unload_code
+from ..portable import load_code, unload_code
 from .symbols import Form, Symbol, constant, given, refuse, to_number
 from .vocabulary import TWINS
 

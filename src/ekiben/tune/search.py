@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ import numpy as np
 
 from ..errors import DataError, SettingsError
 from ..records import Record
-from .estimators import make_trainer
+from .estimators import SklearnTrainer, make_trainer
 from .lightgbm_cv import LightGBMTrainer
 from .problem import Problem, Score, Trainer, choose_score
 from .race import STARTS, Evaluation, Race, TrialResult, run_folds
@@ -34,7 +35,7 @@ class SearchResult(Record, frozen=True):
     Attributes
     ----------
     estimator : str
-        ``lightgbm``, ``linear`` or a class of scikit-learn.
+        ``lightgbm``, ``linear``, a class of scikit-learn or one by its full name.
     params : dict
         Parameters of the winner, complete.
     rounds : int
@@ -141,7 +142,7 @@ def search_models(
     trials : int
         Number of trials instead of a time; 0: bounded by time.
     estimators : sequence of str
-        ``lightgbm``, ``linear``, or classes of scikit-learn. The linear one is always tried once, as the baseline.
+        ``lightgbm``, ``linear``, classes of scikit-learn, or others by their full names. The linear one is always tried once, as the baseline.
     metric : str
         A score of ``SCORES``, or ``auto``.
     seed : int
@@ -167,10 +168,11 @@ def search_models(
     score = choose_score(metric, problem.task)
     names = list(dict.fromkeys(["linear", *estimators]))
     given = {name: [dict(s) for s in starts[name]] for name in names if (starts or {}).get(name)} if starts else {}
-    key = make_key(problem.fingerprint, describe_code(search_space), list(estimators), score.name, seed, *([given] if given else []))
     workers = workers or os.cpu_count() or 1
     threads = max(1, workers // len(problem.folds))
     trainers = {name: make_trainer(name, problem, score, seed=seed, threads=threads) for name in names}
+    named = [describe_code(sys.modules[t.kind.__module__]) for t in trainers.values() if isinstance(t, SklearnTrainer) and "." in t.name]
+    key = make_key(problem.fingerprint, describe_code(search_space), list(estimators), score.name, seed, *named, *([given] if given else []))
     hunt = Hunt(problem, search_space, trainers, score, seed, key, tuple(estimators), progress, {**STARTS, **given})
     with ThreadPoolExecutor(workers) as pool:
         if folder is None:

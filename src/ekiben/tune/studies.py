@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import optuna
@@ -28,8 +29,8 @@ __all__ = ['FINISHED', 'describe_code', 'make_key', 'StartingSampler', 'open_sto
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 # %% ../../../nbs/library/tune/studies.ipynb #cafe8bec
-def describe_code(function: Callable) -> str:
-    """Return the code of a function without its comments and layout; its bytecode where there is no source."""
+def describe_code(function: Callable | ModuleType) -> str:
+    """Return the code of a function or module without its comments and layout; its bytecode where there is no source."""
     try:
         return ast.dump(ast.parse(textwrap.dedent(inspect.getsource(function))))
     except (OSError, TypeError, SyntaxError):
