@@ -38,6 +38,7 @@ def workshop(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     try:
         with duckdb.connect(str(folder / "work.duckdb")) as db:
             db.execute(f"SET memory_limit = '{MEMORY}'")
+            db.execute("SET enable_progress_bar = false")  # it would be drawn into `--json`
             db.execute(f"SET temp_directory = '{text_literal(str(folder / 'spill'))}'")
             yield db
     finally:
@@ -135,8 +136,12 @@ def arrange(
     )
     db.execute("DROP TABLE kept")
     total = one(db, "SELECT count(*) FROM ranked WHERE _fresh")
-    held = round(total * held_out)
-    chosen = round((total - held) * held_out)
+    # Few of many new rows are of the changed world when a change is noticed early: then the shares are of those few, so
+    # that they are not all held out.
+    shared = one(db, f"SELECT count(*) FROM ranked WHERE _fresh AND {own} >= {since_us!r}") if since_us is not None else 0
+    shared = shared if shared * held_out**2 >= FEWEST and shared * (1 - held_out) ** 2 >= FEWEST else total
+    held = round(shared * held_out)
+    chosen = round((shared - held) * held_out)
     if min(held, chosen, total - held - chosen) < FEWEST:
         raise DataError(
             f"{total:,} labelled rows are new for the champion, too few to learn from and to judge on; wait for more truths, or give --data FILE"

@@ -98,10 +98,10 @@ def retrain(operator: Operator, *, since: str = "", nice: int = 10) -> Retrained
     nice : int
     """
     done = operator.do("retrain", *(("--since", since) if since else ()), "--json", "--quiet", fine=(0, 3), nice=nice)
-    return Retrained.from_json(done.output)
+    return Retrained.from_json(done.document)
 
 
 def roll_out(operator: Operator, version: str, reason: str) -> Outcome:
     """Run ``ekiben deploy``, which takes the steps of ``[deploy]`` while they hold; return how it ended."""
     done = operator.do("deploy", version, "--reason", reason, "--json", fine=(0, 3))
-    return Outcome.from_json(done.output)
+    return Outcome.from_json(done.document)

@@ -49,6 +49,11 @@ class Done:
         """The last line that it printed, errors first."""
         return next((line.strip() for text in (self.errors, self.output) for line in reversed(text.splitlines()) if line.strip()), "")
 
+    @property
+    def document(self) -> str:
+        """The last line of its output that begins like JSON; other lines, such as bars of progress, are for people."""
+        return next((line for line in reversed(self.output.splitlines()) if line.startswith(("{", "["))), self.output)
+
     def json(self) -> Any:
         """Return its output read as JSON.
 
@@ -58,7 +63,7 @@ class Done:
             When it is none.
         """
         try:
-            return msgspec.json.decode(self.output)
+            return msgspec.json.decode(self.document)
         except msgspec.MsgspecError:
             raise StepError(f"`{self.words}` printed no JSON but: {self.last_line[:200]}") from None
 

@@ -119,8 +119,11 @@ def prove(
     proof.figures["labels_kept"] = count_labels(stage.root)
     if plan.drift_day >= 0 and "retrained" in roles.values() and isinstance(stage.traffic, CreditTraffic):
         say("a model trained on the new world, to compare with …")
-        proof.figures |= compare_with_best(stage, plan)
-        proof.best = proof.figures["quality_best"]
+        try:
+            proof.figures |= compare_with_best(stage, plan)
+        except EkibenError as exc:
+            say(f"it could not be trained: {exc}")
+        proof.best = proof.figures.get("quality_best")
     if "ledger" in checks:
         proof.figures["ledger"] = _ends_well(stage, say, "ledger", "verify")
     if {"traced", "reproduced"} & set(checks) and played.ids:

@@ -120,7 +120,7 @@ class Director:
             how = "is missing in every request" if plan.feed == "missing" else "comes in another unit"
             self.note("feed", f"{self.broken} {how} for a day")
         if day == plan.bad_day:
-            self._roll_out_bad()
+            self._try(self._roll_out_bad)
 
     @property
     def broken(self) -> str:
@@ -152,7 +152,14 @@ class Director:
             self.last_try = day
             if self.plan.is_drifted(day):
                 self.figures.setdefault("noticed_at", time.time())
-            self._mend()
+            self._try(self._mend)
+
+    def _try(self, what: Callable[[], None]) -> None:
+        """Do something; that it could not be done is part of the story, and the traffic goes on."""
+        try:
+            what()
+        except EkibenError as exc:
+            self.note("failed", str(exc)[:200])
 
     def _mend(self) -> None:
         done = retrain(self.operator)

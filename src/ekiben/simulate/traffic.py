@@ -140,7 +140,9 @@ class CreditTraffic:
         options = CreditOptions(rows=rows, seed=seed, days=1, drift=plan.drift if plan.is_drifted(day) else "none", from_day=0)
         table = simulate_credit(options)
         ids = pa.array([f"P{day:04d}{number:05d}{i:04d}" for i in range(rows)])
-        when = pa.array(np.full(rows, FIRST_DAY + np.timedelta64(self.first_day + day, "D")), pa.timestamp("us"))
+        second = (number * rows + np.arange(rows)) % 86_400  # in the order in which they come
+        day_ = FIRST_DAY + np.timedelta64(self.first_day + day, "D")
+        when = pa.array(day_ + second * np.timedelta64(1, "s"), pa.timestamp("us"))
         table = table.set_column(table.column_names.index("application_id"), "application_id", ids)
         return table.set_column(table.column_names.index("applied_on"), "applied_on", when)
 
