@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,8 @@ def workshop(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     try:
         with duckdb.connect(str(folder / "work.duckdb")) as db:
             db.execute(f"SET memory_limit = '{MEMORY}'")
-            db.execute("SET enable_progress_bar = false")  # it would be drawn into `--json`
+            with suppress(duckdb.Error):  # in a notebook there may be nothing to draw it with, nor to switch off
+                db.execute("SET enable_progress_bar = false")  # it would be drawn into `--json`
             db.execute(f"SET temp_directory = '{text_literal(str(folder / 'spill'))}'")
             yield db
     finally:

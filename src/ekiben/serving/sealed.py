@@ -99,7 +99,6 @@ def open_journal(
         seal_journal(folder, options)
     ring = KeyRing.load(ring_path(folder))
     connection = duckdb.connect()
-    connection.execute("SET enable_progress_bar = false")  # a slow query would draw it into what a command prints as JSON
     connection.execute("SET preserve_insertion_order = false")
     for name in ring.keys:
         connection.execute(f"PRAGMA add_parquet_key('{name}', '{base64.b64encode(ring.key(name)).decode()}')")

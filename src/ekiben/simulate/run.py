@@ -77,7 +77,7 @@ class Director:
                     callers.day(day)
                     self._stage_events(day)
                     if day:
-                        self._look(day - 1)
+                        self._try(lambda day=day: self._look(day - 1))
                     self._wait(running)
                     count = callers.count()
                     whys = ", ".join(f"{n:,} × {why}" for why, n in count["whys"].items())
@@ -87,7 +87,7 @@ class Director:
                 played = callers.stop()
             finally:
                 callers.close()
-        self._look(plan.days - 1, may_act=False)
+        self._try(lambda: self._look(plan.days - 1, may_act=False))
         return played
 
     def _enter_people(self, callers: Callers) -> None:
