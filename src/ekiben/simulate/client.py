@@ -139,7 +139,9 @@ class _Keeper:
         for name, value in groups.items():
             known = self.names.setdefault(name, {})
             place = -1 if value is None else known.setdefault(value, len(known))
-            self.groups.setdefault(name, array("i", [-1] * (len(self.at) - 1))).append(place)
+            if name not in self.groups:
+                self.groups[name] = array("i", [-1] * (len(self.at) - 1))
+            self.groups[name].append(place)
         if self._random.random() < 0.002:
             self.ids.append(answer.id)
         return len(self.at) - 1
