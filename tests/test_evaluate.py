@@ -20,6 +20,7 @@ from ekiben.evaluate.quality import compare, conformal_width, coverage_measure, 
 from ekiben.evaluate.slices import cut_column, find_slices, measure_slices
 from ekiben.fitting import fit_lightgbm, fit_linear
 from ekiben.models import SklearnModel
+from ekiben.profile import profile_of
 from ekiben.records import Field, Judgement, Policy, Schema
 
 
@@ -340,9 +341,10 @@ def made_project(root, task, sensitive):
     about = {"task": task, "n_classes": len(classes), "categorical": pre.categorical}
     model = fit_lightgbm(X, y, params={}, rounds=20, **about)
     step.begin("prepare")
-    for name, thing in {"schema": schema, "preprocessor": pre, "train": train, "test": test}.items():
+    profile = profile_of(train, schema.inputs)
+    for name, thing in {"schema": schema, "preprocessor": pre, "train": train, "test": test, "profile": profile}.items():
         step.save(name, thing)
-    step.save("summary", {"rows": {"came": 900}, "split": {"method": "stratified"}, "warnings": []})
+    step.save("summary", {"rows": {"came": 900}, "split": {"method": "stratified", "note": "300 rows are held out"}, "warnings": []})
     step.record(data={"source": "rows.csv", "fingerprint": "abc", "rows": 900})
     step.begin("tune")
     step.save("oof", fit_lightgbm(X, y, params={}, rounds=5, **about).predict(X))
@@ -377,6 +379,9 @@ def test_the_page_runs_for_every_task_with_and_without_sensitive_columns(here, t
     assert step.result_of("evaluate").judgements == judged
     card = step.load("evaluate", "card")
     assert "abc" in card["markdown"] and "300" in card["markdown"]
+    reference = step.load("evaluate", "reference")
+    assert (reference.rows, reference.of, reference.task) == (300, "300 rows are held out", task)
+    assert bool(reference.groups) == sensitive and {s.column for s in reference.residuals} == {"age", "town"}
     answer = answer_with(schema, lambda c: c, pre, model, Policy(task=task))
     assert np.array_equal(page["ours"].prediction, answer(test)[0])
 

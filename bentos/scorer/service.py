@@ -46,7 +46,7 @@ class Scorer:
     """Verifies and loads the bundle, then answers."""
 
     def __init__(self) -> None:
-        journal = os.environ.get("EKIBEN_JOURNAL")
+        journal, deployment = os.environ.get("EKIBEN_JOURNAL"), os.environ.get("EKIBEN_DEPLOYMENT")
         context = bentoml.server_context
         STATE.trust, STATE.seal = trusted_keys(), SEAL
         tag = "" if context.bento_version == "not available" else f"{context.bento_name}:{context.bento_version}"
@@ -55,6 +55,7 @@ class Scorer:
             journal=Path(journal) if journal else None,
             bento=tag,
             service=OPTIONS,
+            deployment=Path(deployment) if deployment else None,
         )
 
     def __is_ready__(self) -> bool:

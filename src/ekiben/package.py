@@ -13,21 +13,21 @@ from typing import Any, Literal
 
 import numpy as np
 
+from .accounted import account_key, account_release
 from .bento import build_bento
 from .columns import Columns
 from .encoding import Preprocessor
 from .errors import DataError, GateError, IntegrityError
-from .files import write_whole
 from .gates import is_pending
 from .profile import Profile
 from .records import Judgement, Policy, Record, Schema, Task
-from .registry import Registry, Version
+from .registry import TAKEN_BACK, Registry, Version
 from .resampling import Bootstrap, auc_influence, percentiles
 from .serving.bundle import Bundle, Lineage, Limits, load_bundle, stamp_bundle, write_bundle
 from .portable import collect_code
 from .serving.served import Served
 from .serving.scorer import Scorer, make_examples
-from .serving.signer import Signer, sign_folder, signing_key
+from .serving.signer import Signer, key_path, sign_folder, signing_key
 from .serving.signing import verify_folder
 from .serving.trust import trusted_keys
 
@@ -85,6 +85,7 @@ def make_bundle(
     profile: bytes = b"{}",
     card: str = "",
     runtimes: bytes = b"",
+    reference: bytes = b"",
 ) -> Bundle:
     """Write the bundle of a model, with real rows and their answers as its self-test.
 
@@ -98,6 +99,8 @@ def make_bundle(
         predictions are what the service holds its own against.
     runtimes : bytes
         What `ekiben.runtimes.choose_runtime` says of the choice, as JSON.
+    reference : bytes
+        What the held-out rows said, as JSON; see ``ekiben.reference``.
     """
     parts: dict[str, Any] = {
         "name": name,
@@ -111,12 +114,13 @@ def make_bundle(
         "profile": profile,
         "card": card,
         "runtimes": runtimes,
+        "reference": reference,
     }
     first = Scorer(write_bundle(folder, examples=(), **parts))
     examples = make_examples(first, sample.rows(_telling(first, sample)))
     if profile != b"{}":
-        reference = Profile.from_json(profile).with_predictions(first.score_columns(sample)[0], schema.classes)
-        parts["profile"] = reference.to_json()
+        seen = Profile.from_json(profile).with_predictions(first.score_columns(sample)[0], schema.classes)
+        parts["profile"] = seen.to_json()
     return write_bundle(folder, examples=examples, **parts)
 
 # %% ../../nbs/library/package.ipynb #3c99bfe4
@@ -250,18 +254,22 @@ Promote = Literal["if_better", "always", "never"]
 def earn_alias(
     registry: Registry, version: Version, promote: Promote, comparison: Comparison, champion: Version | None
 ) -> str:
-    """Give a version the alias it earns and return it: ``champion`` or ``challenger``.
+    """Give a version the alias it earns and return it: ``champion``, ``challenger``, or ``""`` when it gets none.
 
     The first version is champion. A later one is champion when `promote` says always, or says ``if_better`` and the
-    comparison does; the old champion then has no alias, and no version is both.
+    comparison does; the old champion then has no alias, and no version is both. One that a rollback took back gets none
+    unless `promote` says always: `ekiben promote` is how a person gives it another chance.
     """
     if champion is not None and champion.version == version.version:
         return "champion"
+    if champion is not None and TAKEN_BACK in version.tags and promote != "always":
+        return ""
     wins = champion is None or promote == "always" or (promote == "if_better" and comparison.is_better)
     alias = "champion" if wins else "challenger"
-    registry.set_alias(version, alias)
-    if wins and (rival := registry.holder(version.name, "challenger")) and rival.version == version.version:
-        registry.drop_alias(version.name, "challenger")
+    if wins:
+        registry.make_champion(version)
+    else:
+        registry.set_alias(version, alias)
     return alias
 
 # %% ../../nbs/library/package.ipynb #c2108a3d
@@ -308,8 +316,11 @@ def release(
     signer : Signer, optional
         Default: this machine's own, made on first use.
     """
-    info, signer = bundle.info, signer or signing_key()
+    info, has_key = bundle.info, signer is not None or key_path().exists()
+    signer = signer or signing_key()
     assert bundle.folder is not None
+    if not has_key:
+        account_key(registry.root, "made", kind="signing", id=signer.id)
     sign_folder(bundle.folder, signer, kind="bundle", name=info.name)
     version = registry.register(bundle, mlflow_run=mlflow_run)
     champion = registry.holder(info.name, "champion")
@@ -333,8 +344,24 @@ def release(
         bento = build_bento(stamped, service, report=report, signer=signer)
     registry.tag(version, "ekiben.bento", bento.tag)
     if alias == "champion":
-        served = Served(bento=bento.tag, name=info.name, version=version.version, digest=bundle.digest)
-        write_whole(Served.path(registry.root), served.to_json())
+        Served(bento=bento.tag, name=info.name, version=version.version, digest=bundle.digest).write(registry.root)
+    account_release(
+        registry.root,
+        name=info.name,
+        version=version.version,
+        digest=bundle.digest,
+        alias=alias,
+        replaces=champion.version if alias == "champion" and champion and champion.version != version.version else "",
+        why=_reason(alias, promote, comparison),
+        is_new=version.is_new,
+        run=info.lineage.run_id,
+        git=info.lineage.git,
+        fingerprint=info.lineage.fingerprint,
+        runtime=info.runtime,
+        bento=bento.tag,
+        signed_by=bento.key,
+        comparison=comparison,
+    )
     return Packaged(
         name=info.name,
         version=version.version,
@@ -348,6 +375,18 @@ def release(
     )
 
 # %% ../../nbs/library/package.ipynb #03b8dd11
+def _reason(alias: str, promote: Promote, comparison: Comparison) -> str:
+    """Return in words why a version is called what it is called."""
+    if not alias:
+        return "it was rolled back once, so that nothing but `ekiben promote` makes it champion again"
+    if comparison.gain is None:
+        return comparison.note
+    figures = f"{comparison.metric} {comparison.gain:+.5f} ({comparison.low:+.5f} … {comparison.high:+.5f}) on {comparison.rows:,} rows"
+    if promote == "if_better":
+        return f"{'better than the champion' if alias == 'champion' else 'not shown to be better'}: {figures}"
+    return f"promote = {promote}; {figures}"
+
+
 def _signed_one(registered: Path, bundle: Bundle, signer: Signer) -> Path:
     """Return what may be signed anew: what was registered, if somebody trusted signed that, else what was just made."""
     assert bundle.folder is not None

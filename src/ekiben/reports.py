@@ -61,7 +61,9 @@ td:last-child { white-space:normal; min-width:8rem } .output pre { font-size:12.
 """
 
 # %% ../../nbs/library/reports.ipynb #ac8e9a48
-def write_page(notebook: Path, *, title: str, run_id: str) -> Path | None:
+def write_page(
+    notebook: Path, *, title: str, run_id: str, links: list[tuple[str, str, bool]] | None = None
+) -> Path | None:
     """Turn an executed notebook into an HTML page beside it, with the code folded away.
 
     Parameters
@@ -70,6 +72,8 @@ def write_page(notebook: Path, *, title: str, run_id: str) -> Path | None:
         Executed notebook, finished or not; nothing is written when it is not there.
     title : str
     run_id : str
+    links : list of (address, text, whether it is this page), optional
+        What the page's top leads to; default: the run's page and its other notebooks.
 
     Returns
     -------
@@ -78,10 +82,11 @@ def write_page(notebook: Path, *, title: str, run_id: str) -> Path | None:
     if not notebook.is_file():
         return None
     body = _first_failure(notebook) + _body(notebook)
-    siblings = sorted(p.stem for p in notebook.parent.glob("*.ipynb"))
-    links = [(f"{s}.html", s.split("_", 1)[-1], s == notebook.stem) for s in siblings]
+    if links is None:
+        siblings = sorted(p.stem for p in notebook.parent.glob("*.ipynb"))
+        links = [("index.html", f"run {run_id}", False), *((f"{s}.html", s.split("_", 1)[-1], s == notebook.stem) for s in siblings)]
     page = notebook.with_suffix(".html")
-    write_whole(page, _page(title, body, [("index.html", f"run {run_id}", False), *links]).encode())
+    write_whole(page, _page(title, body, links).encode())
     return page
 
 # %% ../../nbs/library/reports.ipynb #6b3cb1a7
@@ -267,7 +272,10 @@ def write_index(layout: Layout) -> Path:
     headings = ["run", "", *map(html.escape, names), "gates passed", "model", "seconds"]
     body = "<h1>Runs</h1><blockquote>Newest first.</blockquote>" + _table(headings, rows, frozenset(range(2, 2 + len(names))))
     path = layout.reports / "index.html"
-    write_whole(path, _page("runs", body, [("index.html", "all runs", True)]).encode())
+    links = [("index.html", "all runs", True)]
+    if (layout.reports / "monitor" / "index.html").is_file():
+        links.append(("monitor/index.html", "monitor", False))
+    write_whole(path, _page("runs", body, links).encode())
     return path
 
 # %% ../../nbs/library/reports.ipynb #0595ff3f

@@ -8,14 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_serializer
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_serializer, field_validator
+from pydantic_core import PydanticCustomError
 
 from .gates import Gate
 from .values import hide_passwords
 
 # %% auto #0
 __all__ = ['MISSING', 'SECTIONS', 'Section', 'PipelineSection', 'DataSection', 'ColumnsSection', 'GatesSection', 'ServeSection',
-           'MonitorSection', 'RetrainSection', 'DeploySection', 'types_of', 'Settings']
+           'MonitorSection', 'RetrainSection', 'DeploySection', 'CardSection', 'types_of', 'Settings']
 
 # %% ../../nbs/library/sections.ipynb #15748478
 class Section(BaseModel):
@@ -143,9 +144,58 @@ class MonitorSection(Section):
 class RetrainSection(Section):
     """``[retrain]``: when a model is trained anew, and on which rows."""
 
+    when: tuple[Literal["schedule", "drift", "quality", "rows"], ...] = Field(
+        ("drift", "quality"), description="what makes `ekiben retrain --if-due` train: schedule, drift, quality, rows"
+    )
+    every_days: float = Field(30.0, gt=0, description="schedule: days between two trainings")
+    every_rows: int = Field(5000, ge=1, description="rows: so many new labelled rows are reason enough")
+    min_rows: int = Field(200, ge=20, description="with fewer new labelled rows nothing is trained")
+    rows: Literal["auto", "all", "recent"] = Field("auto", description="which rows train: auto (the better of both) | all | recent")
+    since: str = Field("", description="recent means from this moment on (default: since the drift, else since the last training)")
+    mode: Literal["auto", "full", "incremental"] = Field(
+        "auto", description="full: a new search; incremental: the champion's trees go on; auto: the better of both"
+    )
+    held_out: float = Field(0.3, gt=0.05, lt=0.9, description="share of the new rows, the latest, that champion and challenger meet on")
+    search: float = Field(0.3, gt=0, le=1, description="share of [tune] budget_s or trials that a search needs that starts warm")
+    max_invalid: float = Field(0.2, ge=0, le=1, description="a larger share of new rows that break the schema is a broken feed")
+    promote: bool = Field(True, description="one that is better becomes champion at once, where `ekiben deploy` does not roll it out")
+    keep: int = Field(3, ge=1, description="tables of so many trainings are kept")
+
 # %% ../../nbs/library/sections.ipynb #a1c0de02
 class DeploySection(Section):
     """``[deploy]``: how a new version comes to serve."""
+
+    steps: tuple[float, ...] = Field((5.0, 25.0, 100.0), description="shares [%] of the requests that a new version gets, in turn")
+    hold_s: float = Field(300.0, ge=0, description="seconds that each share must hold")
+    min_requests: int = Field(200, ge=0, description="requests that the new version must have answered at each share")
+    route_by: str = Field("", description="column whose value decides who answers (default: the first id column)")
+    max_error_rate: float = Field(0.01, ge=0, le=1, description="errors of the new version above the champion's, as a share")
+    max_latency_ratio: float = Field(3.0, ge=1, description="its median time to score, over the champion's")
+    max_loss_gap: float = Field(0.05, ge=0, description="its mean loss above the champion's, once labels have come")
+    max_shift: float = Field(0.25, ge=0, description="its mean prediction away from the champion's")
+    approvals: int = Field(0, ge=0, le=5, description="other people who must approve a promotion (`ekiben approve`)")
+
+    @field_validator("steps")
+    @classmethod
+    def _rise(cls, steps: tuple[float, ...]) -> tuple[float, ...]:
+        if not steps or any(not a < b for a, b in zip((0.0, *steps), steps, strict=False)) or steps[-1] > 100:
+            raise PydanticCustomError("shares", "takes rising shares in percent, none above 100, such as 5, 25, 100")
+        return steps
+
+# %% ../../nbs/library/sections.ipynb #a1c0de09
+class CardSection(Section):
+    """``[card]``: what only a person can say of the data and the decisions, for `ekiben export card`; nothing reads it while training."""
+
+    controller: str = Field("", description="who is responsible for the processing: organisation and address")
+    purpose: str = Field("", description="why personal data are processed (what the model is for: [evaluate] intended_use)")
+    lawful_basis: str = Field("", description="on which basis: consent, contract, legal obligation, legitimate interests …")
+    consent_basis: str = Field("", description="how consent was given and where that is recorded; or why none is needed")
+    notice: str = Field("", description="where people are told of the processing: an address or a document")
+    human_review: str = Field("", description="how a person contests a decision, and who looks at it")
+    impact_assessment: str = Field("", description="reference of the data protection impact assessment")
+    recipients: str = Field("", description="who else gets the data or the answers; whether they are sold or shared")
+    transfers: str = Field("", description="countries that data or answers go to, and on which basis")
+    retention_reason: str = Field("", description="why data are kept as long as they are")
 
 # %% ../../nbs/library/sections.ipynb #1c532c2e
 SECTIONS: dict[str, type[Section]] = {
@@ -157,6 +207,7 @@ SECTIONS: dict[str, type[Section]] = {
     "monitor": MonitorSection,
     "retrain": RetrainSection,
     "deploy": DeploySection,
+    "card": CardSection,
 }
 
 
@@ -173,7 +224,7 @@ class Settings(Section):
     ----------
     root : Path
         The project's folder.
-    pipeline, data, columns, gates, serve, monitor, retrain, deploy
+    pipeline, data, columns, gates, serve, monitor, retrain, deploy, card
         ekiben's own sections.
     steps : dict of str to dict
         Every parameter of every step, as the notebook's default or as it was set.
@@ -188,6 +239,7 @@ class Settings(Section):
     monitor: MonitorSection
     retrain: RetrainSection
     deploy: DeploySection
+    card: CardSection
     steps: dict[str, dict[str, Any]]
     _places: dict[tuple[str, str], str] = PrivateAttr(default_factory=dict)
     _secrets: dict[str, str] = PrivateAttr(default_factory=dict)

@@ -178,9 +178,13 @@ MOST_LOOKED_AT = 20  # going back to an earlier setting is free, as long as it i
 
 
 def results_of(layout: Layout, step: str, limit: int = MOST_LOOKED_AT) -> list[StepResult | str]:
-    """Return the newest finished results of a step, newest first; the run's identifier where an entry cannot be read."""
+    """Return the finished results of a step, the last good one first, then the newest; the run's identifier where one cannot be read.
+
+    The last good one is what `ekiben run` made last: the runs that `ekiben retrain` makes on its own do not push it out.
+    """
     found: list[StepResult | str] = []
-    for run_id in sorted(_runs(layout), reverse=True):
+    last = _last_run(layout, step)
+    for run_id in sorted(_runs(layout), key=lambda name: (name == last, name), reverse=True):
         try:
             result = StepResult.from_json(layout.result(run_id, step).read_bytes())
         except FileNotFoundError:
@@ -193,6 +197,13 @@ def results_of(layout: Layout, step: str, limit: int = MOST_LOOKED_AT) -> list[S
         if len(found) == limit:
             break
     return found
+
+
+def _last_run(layout: Layout, step: str) -> str:
+    try:
+        return StepResult.from_json(layout.last(step).read_bytes()).run_id
+    except (OSError, IntegrityError):
+        return ""
 
 
 def _runs(layout: Layout) -> list[str]:

@@ -76,12 +76,13 @@ def journal_table(folder: Path) -> Table | str:
 
     with open_journal(folder, fresh=False) as db:
         days = db.execute(
-            "SELECT _date, _version, count(*), count(_told) FROM journal GROUP BY ALL ORDER BY 1, 2"
+            "SELECT _date, concat(coalesce(nullif(_version, ''), 'none'), CASE _role WHEN 'champion' THEN '' ELSE ' ' || _role END), "
+            "count(*), count(_told) FROM journal GROUP BY ALL ORDER BY 1, 2"
         ).fetchall()
     waiting = [path.stat().st_size for path in list_segments(folder)]
     shown = Table("day", "version", "predictions", "truth told", box=None, padding=(0, 2), header_style="dim")
     for day, version, predictions, told in days:
-        shown.add_row(str(day), version or "none", f"{predictions:,}", f"{told:,}")
+        shown.add_row(str(day), version, f"{predictions:,}", f"{told:,}")
     if waiting:
         shown.add_row("not sealed yet", "", f"{len(waiting)} segments", f"{sum(waiting) / 1e6:.1f} MB")
     return shown if days or waiting else "the journal is empty"
@@ -98,6 +99,7 @@ def forget(
 
     Example: ekiben forget customer=17
     """
+    from ekiben.accounted import account_erasure
     from ekiben.erasure import forget as forget_
     from ekiben.prepare.clean import hash_private, private_key
     from ekiben.serving.erase import Person
@@ -108,6 +110,7 @@ def forget(
     if person.column in load_settings(root).columns.private:
         also = [text for text in hash_private([person.value], private_key(root)) if text]
     erasure = forget_(root, who, journal=folder, also=also)
+    account_erasure(root, erasure)
     if json:
         typer.echo(erasure.to_json().decode())
         return

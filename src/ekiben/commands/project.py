@@ -95,11 +95,32 @@ def params(
 
 # %% ../../../nbs/library/commands/project.ipynb #2ad0fbad
 @app.command()
-def export(project: Folder = None) -> None:
-    """Export the pipeline's notebooks to the package, as `run` does by itself.
+def export(
+    what: Annotated[str, typer.Argument(metavar="[notebooks|card]", help="`notebooks` become the package; `card`: the model card and all that answers for it.")] = "notebooks",
+    run: Annotated[str, typer.Argument(help="card: `champion`, `last` or a run's identifier.")] = "champion",
+    out: Annotated[Path | None, typer.Option(help="card: the folder; default: reports/cards/RUN.")] = None,
+    project: Folder = None,
+    json: Annotated[bool, typer.Option("--json", help="card: print JSON on standard output.")] = False,
+) -> None:
+    """Export the pipeline's notebooks to the package, as `run` does by itself, or a model's card with its evidence.
 
-    Example: ekiben export
+    `ekiben export card` writes card.html, card.md, compliance.html and compliance.json into a folder and an archive: what was
+    recorded about the model, and a checklist of what a person must still attest.
+
+    Example: ekiben export card champion
     """
+    if what not in ("notebooks", "card"):
+        raise UsageError(f"`ekiben export` takes notebooks or card, got `{what[:40]}`")
+    if what == "card":
+        from ekiben.compliance.export import export_card
+
+        made = export_card(root_of(project), run, out=out)
+        if json:
+            typer.echo(made.to_json().decode())
+            return
+        typer.echo(f"{made.folder}\n{made.archive}")
+        typer.echo(f"{made.shown} points of the checklist are shown by what was recorded, {made.attest} are for a person to attest")
+        return
     from ekiben.export import export_notebooks
     from ekiben.settings import load_settings
 

@@ -67,19 +67,28 @@ def signing(
 
     Example: ekiben keys signing --rotate
     """
+    from ekiben.accounted import account_key
     from ekiben.serving.signer import key_path, list_keys, revoke_key, rotate_key, signing_key, trust_key
 
     if sum(map(bool, (rotate, trust, revoke, list_))) > 1:
         raise UsageError("--rotate, --trust, --revoke and --list exclude each other")
+    root, old = _project(None), key_path().exists()
     if rotate:
-        typer.echo(f"signing with {rotate_key().id} from now on; what the old key signed is good until `--revoke` takes it back")
+        new = rotate_key().id
+        account_key(root, "rotated" if old else "made", kind="signing", id=new)
+        typer.echo(f"signing with {new} from now on; what the old key signed is good until `--revoke` takes it back")
     elif trust:
-        typer.echo(f"trusted on this machine: {', '.join(trust_key(trust))}")
+        trusted = trust_key(trust)
+        account_key(root, "trusted", kind="signing", id=trusted)
+        typer.echo(f"trusted on this machine: {', '.join(trusted)}")
     elif revoke:
         name = revoke_key(revoke)
+        account_key(root, "revoked", kind="signing", id=name)
         typer.echo(f"revoked {name}: what it signed is not served any more; `ekiben run` packages and signs anew")
     elif not list_:
         signer = signing_key(make=True, say=typer.echo)
+        if not old:
+            account_key(root, "made", kind="signing", id=signer.id)
         typer.echo(f"key      {signer.id}\nprivate  {signer.path}\npublic   {signer.word}")
         typer.echo("elsewhere, an operator trusts it with EKIBEN_TRUSTED_KEYS or [serve] trusted_keys")
         return
@@ -117,6 +126,15 @@ def _key_file(project: Path | None, file: Path | None) -> Path:
         return Path(said)
     return keys_path(root, load_settings(root).serve.keys)
 
+
+def _project(folder: Path | None, file: Path | None = None) -> Path | None:
+    """Return the project whose ledger takes a change of keys; None where there is none, or the key file is not its own."""
+    try:
+        root = root_of(folder)
+    except (SettingsError, UsageError):
+        return None
+    return root if file is None or folder is not None or file.resolve().is_relative_to(root) else None
+
 # %% ../../../nbs/library/commands/security.ipynb #e8265756
 @keys.command()
 def add(
@@ -130,11 +148,13 @@ def add(
 
     Example: ekiben keys add shop --role predict --role feedback --days 90
     """
+    from ekiben.accounted import account_key
     from ekiben.serving.issuing import add_key
     from ekiben.serving.keys import read_keys
 
     path = _key_file(project, file)
     key, word = add_key(path, name, role, lasts=timedelta(days=days) if days else None)
+    account_key(_project(project, path), "made", kind="caller", id=key.id, name=key.name, roles=key.roles, expires=key.expires)
     typer.echo(f"key {key.id} for `{key.name}`: {' and '.join(key.roles)}, {_until(key)}", err=True)
     if len(read_keys(path).keys) == 1:
         typer.echo(f"the first key in {path}: from now on every caller needs one, on this machine too", err=True)
@@ -178,9 +198,12 @@ def revoke(
 
     Example: ekiben keys revoke shop
     """
+    from ekiben.accounted import account_key
     from ekiben.serving.issuing import revoke_key
 
-    for ended in revoke_key(_key_file(project, file), key):
+    path = _key_file(project, file)
+    for ended in revoke_key(path, key):
+        account_key(_project(project, path), "revoked", kind="caller", id=ended.id, name=ended.name)
         typer.echo(f"revoked {ended.id} (`{ended.name}`): a running service refuses it within a second")
 
 # %% ../../../nbs/library/commands/security.ipynb #a4015296
@@ -195,12 +218,14 @@ def rotate(
 
     Example: ekiben keys rotate shop --grace 24h
     """
+    from ekiben.accounted import account_key
     from ekiben.serving.issuing import rotate_key
     from ekiben.serving.keys import read_keys
 
     path = _key_file(project, file)
     new, word = rotate_key(path, key, grace=_duration(grace))
     old = next(one for one in read_keys(path).keys if one.replaced_by == new.id)
+    account_key(_project(project, path), "rotated", kind="caller", id=new.id, name=new.name, roles=new.roles, replaces=old.id)
     ends = "is refused from now on" if old.revoked else f"is taken {_until(old)}"
     typer.echo(f"key {new.id} for `{new.name}`: {' and '.join(new.roles)}, {_until(new)}; the old key {old.id} {ends}", err=True)
     typer.echo("it is not stored and not shown again:", err=True)

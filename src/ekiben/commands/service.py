@@ -22,14 +22,15 @@ def serve(
     project: Folder = None,
     host: Annotated[str, typer.Option(help="Address to listen on; default: [serve] host.")] = "",
     port: Annotated[int, typer.Option(help="Port to listen on; default: [serve] port.")] = 0,
+    to: Annotated[str, typer.Option(help="Environment whose deployment is served; default: production, when there is one.")] = "",
 ) -> None:
-    """Answer over HTTP with the champion's Bento.
+    """Answer over HTTP with the champion's Bento, or with what is deployed.
 
     Example: ekiben serve --port 3000
     """
     from ekiben.serving.run import serve as serve_bento
 
-    raise typer.Exit(serve_bento(root_of(project), host=host, port=port))
+    raise typer.Exit(serve_bento(root_of(project), host=host, port=port, to=to))
 
 # %% ../../../nbs/library/commands/service.ipynb #ea38013f
 @app.command()

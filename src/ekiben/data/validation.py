@@ -24,9 +24,13 @@ if TYPE_CHECKING:
     from pandera.pandas import DataFrameSchema
 
 # %% auto #0
-__all__ = ['Validation', 'validate', 'Breach', 'find_invalid', 'to_frame']
+__all__ = ['TOLD', 'Validation', 'validate', 'Breach', 'find_invalid', 'to_frame']
 
 # %% ../../../nbs/library/data/validation.ipynb #3cd3ef40
+TOLD = ("_id", "_from")
+"""What `ekiben retrain` writes beside the columns of the schema: the prediction that a row comes from, and its origin."""
+
+
 @dataclass(frozen=True)
 class Validation:
     """What came of checking a table.
@@ -77,7 +81,7 @@ def validate(
                 "the schema page nbs/pipeline/00_schema.ipynb declares it",
                 column=name,
             )
-    extra = tuple(n for n in names if n not in known)
+    extra = tuple(n for n in names if n not in known and not (n in TOLD and set(TOLD) <= {*names}))
     notes = (_left_out(table.select(list(extra))),) if extra else ()
     bad = find_invalid(table, pandera_table, fields)
     if bad and on_invalid == "fail":

@@ -21,7 +21,7 @@ from ..data.join import join_sources, parse_sources
 from ..data.schema import build_schema, fields_from_pandera
 from ..data.sources import find_paths, read_table
 from ..data.table import DataWarning, check_target, drop_missing_target, fingerprint, target_of
-from ..data.validation import Validation, validate
+from ..data.validation import TOLD, Validation, validate
 from ..encoding import fit_unify
 from ..records import Schema
 
@@ -192,26 +192,35 @@ def clean_rows(raw: RawRows, page: DataFrameSchema, settings: Any, *, key: bytes
     target = settings.columns.target
     schema = build_schema(fields, settings, found.good[target] if target in found.good else None, notes=warnings)
     schema = msgspec.structs.replace(schema, fields=tuple(f for f in schema.fields if f.role != "ignore"))
-    columns, without = drop_missing_target(found.good, schema)
+    columns, without = drop_missing_target(_with_predictions(found, raw.table), schema)
     check_target(target_of(columns, schema), schema, folds=folds)
     test, quarantine = None, [_set_aside(found, "train", private, key)]
     if raw.test is not None:
         other = validate(raw.test, page, fields, settings.data.on_invalid)
-        test, dropped = drop_missing_target(other.good, schema)
+        test, dropped = drop_missing_target(_with_predictions(other, raw.test), schema)
         target_of(test, schema)
         without += dropped
         quarantine.append(_set_aside(other, "test", private, key))
     aside = pa.concat_tables(quarantine, promote_options="permissive")
     came = raw.table.num_rows + (raw.test.num_rows if raw.test is not None else 0)
-    repeated = count_repeated(columns.drop(name for name in schema.having("id", "private") if name in columns))
+    repeated = count_repeated(columns.drop(name for name in (*schema.having("id", "private"), TOLD[0]) if name in columns))
     counts = {"came": came, "quarantined": aside.num_rows, "without_target": without, "repeated": repeated,
               "kept": columns.n + (test.n if test is not None else 0)}  # fmt: skip
     kept = _hide(columns, schema, key)
     return CleanRows(kept, None if test is None else _hide(test, schema, key), schema, aside, counts, tuple(warnings))
 
 
+def _with_predictions(found: Validation, table: pa.Table) -> Columns:
+    """Return the good rows with the prediction that each comes from, so that `ekiben forget` finds it in all that is made of them."""
+    if not {*TOLD} <= {*table.column_names} or TOLD[0] in found.good:
+        return found.good
+    kept = np.setdiff1d(np.arange(table.num_rows), found.quarantined["_row"].to_numpy())
+    ids = np.array(table[TOLD[0]].to_pylist(), dtype=object)[kept]
+    return found.good.with_columns(**{TOLD[0]: ("category", ids)})
+
+
 def _hide(columns: Columns, schema: Schema, key: bytes) -> Columns:
-    columns = columns.pick(f.name for f in schema.fields if f.name in columns)
+    columns = columns.pick(name for name in dict.fromkeys([*(f.name for f in schema.fields), TOLD[0]]) if name in columns)
     hashed = {name: hash_private(columns.pick([name]).to_arrow()[name].to_pylist(), key) for name in schema.having("private")}
     return columns.with_columns(**{name: ("category", np.array(v, dtype=object)) for name, v in hashed.items()})
 

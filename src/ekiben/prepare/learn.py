@@ -200,6 +200,7 @@ def prepare_rows(
     folds: int = 5,
     seed: int = 0,
     divided: DividedRows | None = None,
+    preprocessor: Preprocessor | None = None,
 ) -> Prepared:
     """Divide clean rows, learn the preprocessor from the training rows, prove it, and profile every column.
 
@@ -214,6 +215,8 @@ def prepare_rows(
     folds, seed : int
     divided : DividedRows, optional
         When the rows were divided already.
+    preprocessor : Preprocessor, optional
+        One that was learnt from other rows, taken as it is: see `preprocessor_like`.
 
     Raises
     ------
@@ -222,7 +225,7 @@ def prepare_rows(
     """
     divided = divided or divide_rows(clean, settings, folds=folds, seed=seed)
     schema, columns = clean.schema, make_features(features, divided.train, clean.schema)
-    preprocessor = fit_preprocessor(columns, transformers=transformers)
+    preprocessor = preprocessor or fit_preprocessor(columns, transformers=transformers)
     proven = prove_row_by_row(features, preprocessor, divided.train, schema, seed=seed)
     profile = profile_of(divided.train, schema.inputs)
     warnings = [*clean.warnings, *divided.warnings, *_left_over(preprocessor)]

@@ -15,6 +15,7 @@ import msgspec
 from ..errors import EkibenError, IntegrityError, SettingsError, StepError, UsageError, did_you_mean
 from ..files import write_whole
 from ..redaction import check_secrets, redactor_of
+from ..accounted import account_gates, account_run
 from .account import Account, check_writable
 from ..cache.lookup import find_cached
 from .execution import Job, Outcome, execute_step
@@ -173,7 +174,9 @@ class Runner:
                 outcome = outcome._replace(entry=entry, error=outcome.error or error)
         if result is not None and entry.status in ("ran", "cached"):
             self.results[step.name] = result
-        self.account.keep(entry, result, find_waivers(result.judgements, self.plan.waivers) if result else [])
+        judged = find_waivers(result.judgements, self.plan.waivers) if result else []
+        self.account.keep(entry, result, judged)
+        account_gates(self.settings.root, self.run.run_id, judged, self.plan.waivers, is_new=entry.status != "cached")
         self.screen.done(entry)
         if entry.status != "cached":
             self._publish(outcome)
@@ -200,7 +203,9 @@ class Runner:
         return self._remembered(step, result) if status == "done" else result
 
     def _remembered(self, step: Step, result: StepResult) -> StepResult:
-        """See to it that the results that notebooks load by hand are those of this run, and whole."""
+        """See to it that the results that notebooks load by hand are those of this run, and whole; not those of a run apart."""
+        if self.plan.apart:
+            return result
         path, raw = self.layout.last(step.name), result.to_json()
         if not path.is_file() or path.read_bytes() != raw:
             write_whole(path, raw)
@@ -319,9 +324,12 @@ class Runner:
                 prune_if_due(self.layout, self.settings.pipeline.cache_gb * 1e9)
             write_run_page(self.layout, self.run)
             write_index(self.layout)
+            account_run(self.settings.root, self.run)
             self.account.close(is_complete=not problem and not self.unsaved)
         except OSError as exc:  # a full disk: what could not be written stays for `settle`
             problem = f"the account of this run is not complete: {exc.strerror}: {exc.filename}"
+        except EkibenError as exc:
+            problem = str(exc)
         finally:
             if self.lease is not None:
                 self.lease.close()

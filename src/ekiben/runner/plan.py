@@ -42,6 +42,10 @@ class Plan(Record, frozen=True):
         The run that is carried on: its finished steps stand, also under `force`.
     keep : bool
         Keep the kernel of a failed step for ``ekiben debug``.
+    until : str
+        Run this step and what it needs, and nothing after it; ``""``: every step.
+    apart : bool
+        Leave the results that notebooks load by hand as they are: a program's runs are no person's.
     """
 
     only: str = ""
@@ -52,6 +56,8 @@ class Plan(Record, frozen=True):
     jobs: int = 0
     resume: str = ""
     keep: bool = False
+    until: str = ""
+    apart: bool = False
 
 # %% ../../../nbs/library/runner/plan.ipynb #f8f91d8b
 SAMPLE_BUDGET_S = 5.0
@@ -82,12 +88,15 @@ def chosen_steps(steps: list[Step], plan: Plan, *, sample: int) -> list[Step]:
         When a step is unknown.
     """
     known = [step.name for step in steps]
-    for name in filter(None, (plan.only, plan.from_step)):
+    for name in filter(None, (plan.only, plan.from_step, plan.until)):
         if name not in known:
             raise UsageError(f"no step `{name}`{did_you_mean(name, known)}")
     if plan.only:
         return [step for step in steps if step.name == plan.only]
     wanted = [step for step in steps if not step.scheduled]
+    if plan.until:
+        needed = {plan.until, *everything_upstream(steps, plan.until)}
+        wanted = [step for step in wanted if step.name in needed]
     if sample:
         wanted = [step for step in wanted if step.name != "package"]
     return wanted

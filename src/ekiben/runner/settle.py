@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from ..accounted import account_run
 from ..errors import EkibenError, IntegrityError
 from ..files import write_whole
 from ..parameters import step_name
@@ -107,6 +108,8 @@ def _settle_run(layout: Layout, run_id: str, alive: Path) -> bool:
     if was_running:
         run = _account(layout, run)
         write_run(layout, run)
+        with contextlib.suppress(EkibenError):  # whoever only looks at runs need not be able to write the ledger
+            account_run(layout.root, run)
     else:
         _mark_unsaved(layout, run)
     _write_pages(layout, run)

@@ -22,7 +22,6 @@ from .logs import log_request
 from .problem import Problem
 from .responses import PROBLEM, TLS_ONLY, Pairs, Response, Send, protect, send_response
 from .routes import ELSEWHERE, ROUTES, Route
-from .scorer import Scorer
 from .state import State
 from .traces import CURRENT, Trace
 
@@ -128,7 +127,7 @@ class ServiceApp:
         if not route.takes:
             read: Callable[[], Response] = getattr(self.handlers, route.handler)
             return read()
-        state, scorer = self.state, self.state.ready()
+        state, scorer = self.state, self.state.ready().scorer
         if state.in_flight >= state.options.max_concurrency and not state.patience.make_room():
             raise Problem(503, f"{state.in_flight} requests are being worked on, and no more are taken", headers=RETRY)
         state.in_flight += 1
@@ -137,24 +136,30 @@ class ServiceApp:
             raw = await read_body(headers, receive, int(scorer.info.limits.max_body_mb * MB), state.patience)
             key = headers.get(b"idempotency-key")
             if key is None or not route.replays:
-                return await self._work(route, scorer, raw, media, headers)
+                return await self._work(route, raw, media, headers)
             asked = b"\0".join((media.encode(), headers.get(b"accept", b""), raw))
             response, is_again = await state.replays.once(
-                caller, route.path, key, asked, lambda: self._work(route, scorer, raw, media, headers), SIZE
+                caller, route.path, key, asked, lambda: self._work(route, raw, media, headers), SIZE
             )
             return msgspec.structs.replace(response, headers=response.headers + REPLAYED) if is_again else response
         finally:
             state.in_flight -= 1
 
-    async def _work(self, route: Route, scorer: Scorer, raw: bytes, media: str, headers: Mapping[bytes, bytes]) -> Response:
+    async def _work(self, route: Route, raw: bytes, media: str, headers: Mapping[bytes, bytes]) -> Response:
         handler: Callable[..., Done] = getattr(self.handlers, route.handler)
+        arm = self.state.arm  # who serves now: it may have changed while the body came
         if len(raw) > route.on_loop or media != JSON:
-            done = await asyncio.to_thread(handler, scorer, raw, media, headers)
-        else:
-            done = handler(scorer, raw, media, headers)
-        if done.ticket is not None:
+            working = object()
+            self.state.working.add(working)
             try:
-                await self.state.journal.durable(done.ticket)
+                done = await asyncio.to_thread(handler, arm, raw, media, headers)
+            finally:
+                self.state.working.discard(working)
+        else:
+            done = handler(arm, raw, media, headers)
+        if done.ticket is not None and done.journal is not None:
+            try:
+                await done.journal.durable(done.ticket)
             except ServiceError as exc:
                 raise Problem(503, str(exc), headers=RETRY) from None
         if done.count is not None:

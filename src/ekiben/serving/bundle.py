@@ -17,6 +17,7 @@ from ..columns import Columns
 from ..encoding import Preprocessor
 from ..errors import IntegrityError
 from ..records import Policy, Record, Schema, Task
+from ..reference import Reference
 from ..portable import load_code, third_party
 from ..skopsfile import packages_of
 from .integrity import open_folder, seal_folder
@@ -157,6 +158,12 @@ class Bundle:
         return msgspec.json.decode(self.files.get("runtimes.json", b"[]"), type=list[dict[str, Any]])
 
     @cached_property
+    def reference(self) -> Reference | None:
+        """What the held-out rows said, as sums; None in a bundle that was made without."""
+        raw = self.files.get("reference.json", b"")
+        return Reference.from_json(raw) if raw else None
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over all that makes its answers: schema, preprocessing, model, code, policy and limits.
 
@@ -186,6 +193,7 @@ def write_bundle(
     profile: bytes = b"{}",
     card: str = "",
     runtimes: bytes = b"",
+    reference: bytes = b"",
 ) -> Bundle:
     """Write a sealed bundle and return it, read back from disk.
 
@@ -203,6 +211,8 @@ def write_bundle(
         The model card as Markdown.
     runtimes : bytes
         The runtimes that were tried, as JSON.
+    reference : bytes
+        What the held-out rows said, as JSON; see ``ekiben.reference``.
     """
     kept = model.to_files()
     info = BundleInfo(
@@ -227,6 +237,7 @@ def write_bundle(
             "profile.json": profile,
             "card.md": card.encode(),
             **({"runtimes.json": runtimes} if runtimes else {}),
+            **({"reference.json": reference} if reference else {}),
             **{f"model/{n}": raw for n, raw in kept.items()},
             **{f"code/{n}": text.encode() for n, text in code.items()},
         },

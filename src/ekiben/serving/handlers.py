@@ -5,6 +5,7 @@
 # %% ../../../nbs/library/serving/handlers.ipynb #30797854
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,15 +16,19 @@ import numpy as np
 from ..columns import Columns
 from ..errors import RowError
 from .body import JSON, Feedback, Rows, decode_body
-from .journal import new_ids
+from .hosted import Hosted
+from .journal import Journal, new_ids
 from .problem import Problem, problem_of
 from .responses import Response
 from .scorer import Answer, Explanation, Scorer
+from .split import Split
 from .state import State
 from .telemetry import MEDIA_TYPE
 
+logger = logging.getLogger("ekiben.serving")
+
 # %% auto #0
-__all__ = ['PLAIN', 'ID', 'Predictions', 'Explanations', 'Done', 'Handlers']
+__all__ = ['logger', 'PLAIN', 'ID', 'Predictions', 'Explanations', 'Done', 'Table', 'Handlers']
 
 # %% ../../../nbs/library/serving/handlers.ipynb #3c2f17cb
 class Predictions(msgspec.Struct):
@@ -50,11 +55,42 @@ class Done(msgspec.Struct):
         What the answer must wait for in the journal; None: nothing.
     count : callable or None
         Tells the counters about it, on the event loop.
+    journal : Journal or None
+        That gave the ticket.
     """
 
     response: Response
     ticket: int | None = None
     count: Callable[[], None] | None = None
+    journal: Journal | None = None
+
+# %% ../../../nbs/library/serving/handlers.ipynb #8e3ac764
+class Table(msgspec.Struct):
+    """Rows that are read or answered as columns.
+
+    Attributes
+    ----------
+    columns : Columns
+    rows : list of dict or None
+        As they came; None: they came as columns.
+    keys : dict of str to list
+        Further columns that the journal keeps.
+    """
+
+    columns: Columns
+    rows: list[dict[str, Any]] | None
+    keys: Mapping[str, Sequence[Any]]
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Return them as they would have come."""
+        kept = self.rows or self.columns.to_rows()
+        for name, values in self.keys.items():
+            kept = [{**row, name: value} for row, value in zip(kept, values, strict=True)]
+        return kept
+
+    def first(self) -> dict[str, Any]:
+        """Return the first one."""
+        return self.rows[0] if self.rows else self.columns.rows(np.array([0])).to_rows()[0] | {n: v[0] for n, v in self.keys.items()}
 
 # %% ../../../nbs/library/serving/handlers.ipynb #ec4e45de
 PLAIN = (b"", b"*/*", b"application/json")
@@ -73,110 +109,140 @@ class Handlers:
         self.state = state
         self._encode = msgspec.json.Encoder().encode
 
-    def predict(self, scorer: Scorer, raw: bytes, media: str, headers: Mapping[bytes, bytes]) -> Done:
+    def predict(self, arm: Hosted, raw: bytes, media: str, headers: Mapping[bytes, bytes]) -> Done:
         """Answer ``/predict``.
 
         Parameters
         ----------
-        scorer : Scorer
+        arm : Hosted
+            The champion.
         raw : bytes
             The body.
         media : str
             Its type.
         headers : mapping of bytes to bytes
-            The request's, for ``Accept``.
+            The request's, for ``Accept``, and ``Routing-Key`` where a challenger stands beside the champion.
         """
-        accept = headers.get(b"accept", b"")
-        if media != JSON:
-            return self._predict_table(scorer, raw, headers[b"content-type"].decode("latin-1"), accept)
-        if accept not in PLAIN:
-            from ekiben.serving.media import answer_type
-
-            if answer_type(accept.decode("latin-1")) != JSON:
-                return self._predict_columns(scorer, *self._to_columns(scorer, raw), accept)
-        state, digest = self.state, scorer.bundle.digest
-        known = state.cache.get(digest, raw) if state.cache.entries else None
-        if known is not None:
-            rows, answers = known.rows, known.answers
-        else:
+        split = self.state.split
+        if not _is_plain(media, headers.get(b"accept", b"")):
+            return self._predict_table(arm, split, raw, media, headers)
+        if split is None:
+            state, scorer = self.state, arm.scorer
+            known = state.cache.get(scorer.bundle.digest, raw) if state.cache.entries else None
+            if known is not None:
+                return self._answer(arm, known.rows, known.answers)
             rows = self._rows(scorer, raw)
-            try:
-                answers = scorer.score_rows(rows)
-            except RowError as exc:
-                raise problem_of(exc) from None
-            state.cache.put(digest, raw, rows, answers)
-        ids = new_ids(len(rows))
-        ticket = state.journal.predictions(ids, rows, answers)
+            return self._answer(arm, rows, self._score(arm, raw, rows))
+        rows = self._rows(split.champion.scorer, raw)
+        arm, answers, seconds = split.ask(headers, rows[0], raw, lambda arm: self._score(arm, raw, rows), split.tally.is_sane)
+        return self._answer(arm, rows, answers, lambda: split.answered(arm, answers, seconds, rows))
+
+    def _score(self, arm: Hosted, raw: bytes, rows: list[dict[str, Any]]) -> list[Answer]:
+        try:
+            answers = arm.scorer.score_rows(rows)
+        except RowError as exc:
+            raise problem_of(exc) from None
+        self.state.cache.put(arm.scorer.bundle.digest, raw, rows, answers)
+        return answers
+
+    def _answer(self, arm: Hosted, rows: list[dict[str, Any]], answers: list[Answer], more: Callable[[], None] | None = None) -> Done:
+        ids, told = new_ids(len(rows)), self.state.telemetry
+        ticket = arm.journal.predictions(ids, rows, answers)
         for id_, answer in zip(ids, answers, strict=True):
             answer.id = id_
-        body = self._encode(Predictions(answers, state.model))
-        return Done(Response(body), ticket if state.journal.is_sync else None, lambda: state.telemetry.rows_answered("/predict", rows, answers))
+        body = self._encode(Predictions(answers, arm.model))
+        if more is None:
+            return Done(Response(body), ticket if arm.journal.is_sync else None, lambda: told.rows_answered("/predict", rows, answers), arm.journal)
+        is_own = arm is self.state.arm
 
-    def _predict_table(self, scorer: Scorer, raw: bytes, media: str, accept: bytes) -> Done:
+        def count() -> None:
+            told.rows_answered("/predict", rows, answers, is_examined=is_own)
+            more()
+
+        return Done(Response(body), ticket if arm.journal.is_sync else None, count, arm.journal)
+
+    def _predict_table(self, champion: Hosted, split: Split | None, raw: bytes, media: str, headers: Mapping[bytes, bytes]) -> Done:
+        from ekiben.serving.media import write_predictions
+
+        champion = champion if split is None else split.champion
+        asked = self._read(champion, raw, media, headers)
+
+        def score(arm: Hosted) -> tuple[Table, np.ndarray, np.ndarray]:
+            own = asked if arm is champion else self._read(arm, raw, media, headers)
+            return own, *arm.scorer.score_columns(own.columns)
+
+        if split is None:
+            arm, seconds, (own, prediction, decision) = champion, 0.0, score(champion)
+        else:
+            arm, (own, prediction, decision), seconds = split.ask(
+                headers, asked.first(), raw, score, lambda scored: bool(np.isfinite(scored[1]).all())
+            )
+        ids, ticket, told, is_own = new_ids(own.columns.n), 0, self.state.telemetry, arm is self.state.arm
+        rows = own.to_rows() if arm.journal.is_kept or split is not None else []
+        answers = arm.scorer.to_answers(prediction, decision) if rows else []
+        if arm.journal.is_kept:
+            ticket = arm.journal.predictions(ids, rows, answers)
+        accept = headers.get(b"accept", b"").decode("latin-1")
+        body, kind = write_predictions(accept, ids, prediction, decision, arm.scorer, arm.model)
+
+        def count() -> None:
+            told.columns_answered("/predict", own.columns, prediction, decision, is_examined=is_own)
+            if split is not None:
+                for id_, answer in zip(ids, answers, strict=True):
+                    answer.id = id_
+                split.answered(arm, answers, seconds, rows)
+
+        return Done(Response(body, kind.encode("latin-1")), ticket if arm.journal.is_sync else None, count, arm.journal)
+
+    def _read(self, arm: Hosted, raw: bytes, media: str, headers: Mapping[bytes, bytes]) -> Table:
         from ekiben.serving.media import read_keyed
 
-        columns, keys = read_keyed(media, raw, scorer, self.state.journal.keys)
-        return self._predict_columns(scorer, columns, None, accept, keys)
-
-    def _to_columns(self, scorer: Scorer, raw: bytes) -> tuple[Columns, list[dict[str, Any]]]:
-        rows = self._rows(scorer, raw)
+        if media != JSON:
+            columns, keys = read_keyed(headers[b"content-type"].decode("latin-1"), raw, arm.scorer, arm.journal.keys)
+            return Table(columns, None, keys)
+        rows = self._rows(arm.scorer, raw)
         try:
-            return scorer.reader.read(rows), rows
+            return Table(arm.scorer.reader.read(rows), rows, {})
         except RowError as exc:
             raise problem_of(exc) from None
 
-    def _predict_columns(
-        self,
-        scorer: Scorer,
-        columns: Columns,
-        rows: Sequence[Mapping[str, Any]] | None,
-        accept: bytes,
-        keys: Mapping[str, Sequence[Any]] | None = None,
-    ) -> Done:
-        from ekiben.serving.media import write_predictions
-
-        state = self.state
-        prediction, decision = scorer.score_columns(columns)
-        ids = new_ids(columns.n)
-        ticket = 0
-        if state.journal.is_kept:
-            kept = rows or columns.to_rows()
-            for name, values in (keys or {}).items():
-                kept = [{**row, name: value} for row, value in zip(kept, values, strict=True)]
-            ticket = state.journal.predictions(ids, kept, scorer.to_answers(prediction, decision))
-        body, media = write_predictions(accept.decode("latin-1"), ids, prediction, decision, scorer, state.model)
-        return Done(
-            Response(body, media.encode("latin-1")),
-            ticket if state.journal.is_sync else None,
-            lambda: state.telemetry.columns_answered("/predict", columns, prediction, decision),
-        )
-
-    def explain(self, scorer: Scorer, raw: bytes, media: str, headers: Mapping[bytes, bytes]) -> Done:
+    def explain(self, arm: Hosted, raw: bytes, media: str, headers: Mapping[bytes, bytes]) -> Done:
         """Answer ``/explain``; see `predict`."""
-        rows = self._rows(scorer, raw)
+        split, rows = self.state.split, self._rows(arm.scorer, raw)
+        asked = split.choose(headers, rows[0], raw) if split is not None else arm
+        if asked is not arm:
+            try:
+                return self._explain(asked, rows)
+            except Exception:  # the champion explains its own answer, and says that it does
+                logger.warning("version %s could not explain", asked.version, exc_info=True)
+        return self._explain(arm, rows)
+
+    def _explain(self, arm: Hosted, rows: list[dict[str, Any]]) -> Done:
+        scorer = arm.scorer
         if not scorer.explains:
             raise Problem(501, scorer.why_not)
         try:
             explained = scorer.explain_rows(rows, new_ids(len(rows)))
         except RowError as exc:
             raise problem_of(exc) from None
-        body = self._encode(Explanations(explained, self.state.model))
+        body = self._encode(Explanations(explained, arm.model))
         return Done(Response(body), None, lambda: self.state.telemetry.rows_answered("/explain", rows))
 
-    def feedback(self, scorer: Scorer, raw: bytes, media: str, headers: Mapping[bytes, bytes]) -> Done:
+    def feedback(self, arm: Hosted, raw: bytes, media: str, headers: Mapping[bytes, bytes]) -> Done:
         """Answer ``/feedback``; see `predict`."""
         said = decode_body(raw, Feedback)
-        if not self.state.journal.is_kept:
+        if not arm.journal.is_kept:
             raise Problem(501, "this service keeps no journal; start it with EKIBEN_JOURNAL set to a folder")
         if not ID.fullmatch(said.id):
             raise Problem(422, "`id` is not one that /predict gave")
-        classes = scorer.info.classes
+        classes, split = arm.scorer.info.classes, self.state.split
         if classes and said.label not in classes:
             raise Problem(422, f"`label` must be one of {', '.join(f'`{c}`' for c in classes)}")
         if not classes and (isinstance(said.label, str) or not np.isfinite(said.label)):
             raise Problem(422, "`label` must be a finite number")
-        ticket = self.state.journal.feedback(said.id, said.label)
-        return Done(Response(self._encode({"id": said.id, "recorded": True})), ticket)
+        ticket = arm.journal.feedback(said.id, said.label)
+        count = (lambda: split.told(said.id, said.label)) if split is not None else None
+        return Done(Response(self._encode({"id": said.id, "recorded": True})), ticket, count, arm.journal)
 
     def _rows(self, scorer: Scorer, raw: bytes) -> list[dict[str, Any]]:
         rows, limit = decode_body(raw, Rows).rows, scorer.info.limits.max_rows
@@ -220,3 +286,12 @@ class Handlers:
     def metrics(self) -> Response:
         """Answer ``/metrics``, in Prometheus' text format."""
         return Response(self.state.telemetry.to_text(self.state.figures()).encode(), MEDIA_TYPE)
+
+
+def _is_plain(media: str, accept: bytes) -> bool:
+    """Return whether a body is JSON and JSON is what is wanted."""
+    if media != JSON or accept in PLAIN:
+        return media == JSON
+    from ekiben.serving.media import answer_type
+
+    return answer_type(accept.decode("latin-1")) == JSON

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 # %% auto #0
-__all__ = ['MOST_HEAD', 'MOST_WAITING', 'TOO_LONG', 'move_outside', 'Drain', 'Idlers', 'limit_heads']
+__all__ = ['MOST_HEAD', 'MOST_WAITING', 'TOO_LONG', 'move_outside', 'Drain', 'Idlers', 'OneWrite', 'limit_heads']
 
 # %% ../../../nbs/library/serving/lifecycle.ipynb #6b7cf514
 def move_outside(scope: MutableMapping[str, Any], wrap: Callable[[Any], Any]) -> bool:
@@ -138,6 +138,49 @@ class Idlers:
                 self.closed += 1
                 connection.transport.abort()  # to close would wait until what is left was taken
 
+# %% ../../../nbs/library/serving/lifecycle.ipynb #0a17e002
+class OneWrite:
+    """A connection's transport that joins what begins an answer with what follows it.
+
+    Parameters
+    ----------
+    transport : asyncio.Transport
+        Everything but writing is its own.
+    """
+
+    def __init__(self, transport: Any) -> None:
+        self._transport, self._held = transport, b""
+        self._soon = asyncio.get_running_loop().call_soon
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Write, or hold what looks like a whole head until the next write or the loop's next turn."""
+        if self._held:
+            data, self._held = self._held + data, b""
+        elif data.startswith(b"HTTP/1.1 ") and data.endswith(b"\r\n\r\n"):
+            self._held = data
+            self._soon(self.flush)
+            return
+        self._transport.write(data)
+
+    def flush(self) -> None:
+        """Write what is held."""
+        if self._held:
+            held, self._held = self._held, b""
+            self._transport.write(held)
+
+    def close(self) -> None:
+        """Write what is held, then close."""
+        self.flush()
+        self._transport.close()
+
+    def get_write_buffer_size(self) -> int:
+        """Return the bytes that were not taken yet."""
+        return len(self._held) + int(self._transport.get_write_buffer_size())
+
+
 # %% ../../../nbs/library/serving/lifecycle.ipynb #a1fb32ed
 MOST_HEAD, MOST_WAITING = 65_536, 32
 TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
@@ -159,11 +202,20 @@ def limit_heads(server: Any, most: int = MOST_HEAD) -> bool:
     """
     config = getattr(server, "config", None)
     base: Any = getattr(config, "http_protocol_class", None)
-    if not all(hasattr(base, name) for name in ("data_received", "on_headers_complete", "on_body")):
+    if not all(hasattr(base, name) for name in ("data_received", "on_headers_complete", "on_body", "on_response_complete")):
         return False
 
     class Limited(base):  # type: ignore[misc]
         unread = 0  # bytes since a head was whole, or a part of a body came
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.transport = OneWrite(transport)
+            self.access_log = False  # each request is told by the service's own log; this line is thrown away, but made
+
+        def on_response_complete(self) -> None:
+            self.transport.flush()  # an answer without a body is whole now, and the client may have hung up
+            super().on_response_complete()
 
         def data_received(self, data: bytes) -> None:
             self.unread += len(data)

@@ -24,6 +24,7 @@ import msgspec
 from ..errors import IntegrityError, ServiceError, UsageError
 from .address import Address, check_host, check_port, example_request, who_may_call
 from .bundle import Bundle, load_bundle
+from .deployment import DEPLOYMENT, deployment_folder, read_deployment
 from .keeping import JournalOptions
 from .keys import KeyFile, keys_path
 from .options import ServiceOptions
@@ -34,7 +35,7 @@ from .trust import Trust, trusted_keys
 from ..trusted import declare_types
 
 # %% auto #0
-__all__ = ['trust_of', 'find_served', 'serve', 'start_bento', 'wait_ready', 'stop_process']
+__all__ = ['trust_of', 'find_served', 'find_deployment', 'serve', 'who_serves', 'start_bento', 'wait_ready', 'stop_process']
 
 # %% ../../../nbs/library/serving/run.ipynb #8297569a
 def trust_of(root: Path) -> Trust:
@@ -84,16 +85,49 @@ def find_served(root: Path, trust: Trust | None = None) -> tuple[Served, Bundle]
         raise IntegrityError(f"the Bento {served.bento} holds another bundle than the champion; run `ekiben run`")
     return served, bundle
 
+# %% ../../../nbs/library/serving/run.ipynb #76625ae0
+def find_deployment(root: Path, to: str = "", trust: Trust | None = None) -> tuple[Path | None, str]:
+    """Return the folder of a project's deployment, and what it says; nothing when nothing is deployed.
+
+    Parameters
+    ----------
+    root : Path
+    to : str
+        The environment; empty: production.
+    trust : Trust, optional
+        Whose signature counts; default: `trust_of` the project.
+
+    Raises
+    ------
+    UsageError
+        When an environment is named that is not there.
+    """
+    folder = deployment_folder(root, to or "production")
+    if not (folder / DEPLOYMENT).exists():
+        if to and to != "production":
+            raise UsageError(f"nothing was deployed to {to} yet; `ekiben deploy --to {to}` does")
+        return (folder, "") if folder.is_dir() else (None, "")
+    try:
+        said = read_deployment(folder, trust or trust_of(root))
+    except IntegrityError as exc:
+        return folder, f"the deployment in {folder.name} is not taken ({exc})"
+    who = f"version {said.champion.version}"
+    if said.challenger is not None:
+        how = "in the shadow" if said.mode == "shadow" else f"for {said.share:.0%} of the keys"
+        who += f", and version {said.challenger.version} {how}"
+    return folder, f"deployment {said.number} of {folder.name}, {who}"
+
 # %% ../../../nbs/library/serving/run.ipynb #e04add8e
 def serve(
     root: Path,
     host: str = "",
     port: int = 0,
     *,
+    to: str = "",
     say: Callable[[str], None] = print,
     patience_s: float = 60.0,
 ) -> int:
-    """Serve a project's champion until interrupted; return the exit code.
+    """Serve a project's champion, or what is deployed, until interrupted; return the exit code.
 
     Parameters
     ----------
@@ -101,6 +135,8 @@ def serve(
         The project's folder.
     host, port
         Empty or 0: as ``[serve]`` in settings.ini says (where port 0 means any that is free).
+    to : str
+        The environment whose deployment is served; empty: production, when there is one.
     say : callable
         Gets each line for the person at the terminal.
     patience_s : float
@@ -114,7 +150,7 @@ def serve(
     Raises
     ------
     UsageError, SettingsError, ServiceError, IntegrityError
-        When it cannot start; see `find_served`, `check_host`, `check_port`, `check_tls` and `KeyFile`.
+        When it cannot start; see `find_deployment`, `find_served`, `check_host`, `check_port`, `check_tls` and `KeyFile`.
     """
     from ekiben.settings import load_settings
 
@@ -124,9 +160,11 @@ def serve(
     certificate = check_tls(section.tls_certificate, section.tls_key, root)
     trust = trust_of(root)
     served, bundle = find_served(root, trust)
+    deployment, deployed = find_deployment(root, to, trust)
     port = check_port(host, port or section.port)
     address = Address(host, port, certificate)
-    say(f"starting {served.bento}: {served.name} version {served.version}, {bundle.info.runtime}; {_signed_by(bundle.seal)}")
+    what = f"{served.name} version {served.version}, {bundle.info.runtime}"
+    say(f"starting {served.bento}: {deployed or what}; {_signed_by(bundle.seal)}")
     journal = Path(root) / ".ekiben" / "journal" if section.journal else None
     service = msgspec.structs.replace(
         ServiceOptions.from_settings(section),
@@ -135,11 +173,14 @@ def serve(
         tls_key=certificate.key if certificate else "",
     )
     process = start_bento(
-        served.bento, host, port, journal=journal, options=JournalOptions.from_settings(section), trust=trust, service=service
+        served.bento, host, port, journal=journal, options=JournalOptions.from_settings(section), trust=trust, service=service,
+        deployment=deployment,
     )
     stopped = _Stopped()
     try:
         wait_ready(address.probe, process, patience_s, context=address.context)
+        if deployment is not None:
+            say(who_serves(address.probe, address.context))
         keys.refresh()
         say(f"ready at {address.url} ({who_may_call(address, keys)}); Ctrl-C stops it")
         say(
@@ -157,6 +198,22 @@ def serve(
 # %% ../../../nbs/library/serving/run.ipynb #3beda14b
 def _signed_by(seal: Seal | None) -> str:
     return f"verified, signed {seal.signed} with the key {seal.key}" if seal else "not verified"
+
+# %% ../../../nbs/library/serving/run.ipynb #0fb4d234
+def who_serves(url: str, context: ssl.SSLContext | None = None) -> str:
+    """Return which versions a service that is ready says to serve, and how, as one line."""
+    with urllib.request.urlopen(f"{url}/readyz", timeout=5, context=context) as answer:
+        said = json.loads(answer.read()).get("deployment") or {}
+    if not said:
+        return "no deployment is served"
+    line = f"version {said['champion']} serves"
+    if said["challenger"]:
+        line += f", with version {said['challenger']} " + ("in the shadow" if said["mode"] == "shadow" else f"for {said['share']:.0%} of the keys")
+    line += f" (deployment {said['number']} of {said['environment']})" if said["number"] else ": nothing of the deployment is taken yet"
+    for name, word in (("rolled_back", "the challenger is not heard"), ("refused", "not taken")):
+        if said[name]:
+            line += f"; {word}: {said[name]}"
+    return line
 
 # %% ../../../nbs/library/serving/run.ipynb #a467d2a0
 class _Stopped:
@@ -177,18 +234,21 @@ class _Stopped:
 # %% ../../../nbs/library/serving/run.ipynb #fd831d5b
 def start_bento(
     tag: str, host: str, port: int, *, journal: Path | None = None, options: JournalOptions | None = None,
-    trust: Trust | None = None, service: ServiceOptions | None = None, output: IO[bytes] | None = None,
+    trust: Trust | None = None, service: ServiceOptions | None = None, output: IO[bytes] | None = None, deployment: Path | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start ``bentoml serve`` on a Bento, in a process group of its own, which trusts the same signers.
 
-    What it prints goes where this process prints, or into the file `output`.
+    With the folder of a `deployment`, its bundles are served in place of the Bento's own. What the process prints goes
+    where this one prints, or into the file `output`.
     """
     folder = bento_folder(tag)
     environment = {**os.environ, "BENTOML_DO_NOT_TRACK": "True", "PYTHONDONTWRITEBYTECODE": "1"}
     if trust is not None:
         environment["EKIBEN_TRUSTED_KEYS"] = trust.to_variable()
-    for name in ("EKIBEN_BUNDLE", "EKIBEN_JOURNAL"):
+    for name in ("EKIBEN_BUNDLE", "EKIBEN_JOURNAL", "EKIBEN_DEPLOYMENT"):
         environment.pop(name, None)
+    if deployment is not None:
+        environment["EKIBEN_DEPLOYMENT"] = str(Path(deployment).resolve())
     if journal is not None:
         environment["EKIBEN_JOURNAL"] = str(Path(journal).resolve())
         environment |= options.to_env() if options else {}

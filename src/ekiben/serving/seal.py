@@ -51,7 +51,7 @@ def prediction_schema(origin: Origin) -> pa.Schema:
 
     kinds = {"number": pa.float64(), "flag": pa.bool_(), "date": pa.timestamp("us")}
     ours = [("_id", pa.string()), ("_time", pa.timestamp("us", tz="UTC"))]
-    ours += [(f"_{name}", pa.string()) for name in ("model", "version", "bento")]
+    ours += [(f"_{name}", pa.string()) for name in ("model", "version", "bento", "role")]
     theirs = [(column_name(f.name), kinds.get(f.kind, pa.string())) for f in origin.schema.fields]
     theirs += [(column_name(name), pa.string()) for name in origin.keys]
     answer = {
@@ -93,7 +93,8 @@ def predictions_table(origin: Origin, rows: Sequence[tuple[Any, ...]]) -> pa.Tab
         raise IntegrityError(f"a segment holds other values than its first record says: {exc}") from exc
     n = len(rows)
     arrays: dict[str, Any] = {"_id": [row[0] for row in rows], "_time": [row[1] for row in rows]}
-    arrays |= {f"_{name}": pa.repeat(pa.scalar(origin.model.get(name, ""), pa.string()), n) for name in ("model", "version", "bento")}
+    said = {"role": "champion", **origin.model}
+    arrays |= {f"_{name}": pa.repeat(pa.scalar(said.get(name, ""), pa.string()), n) for name in ("model", "version", "bento", "role")}
     arrays |= {column_name(name): _to_arrow(columns, name) for name in columns}
     arrays |= {column_name(name): [row[3][i] if row[3] else None for row in rows] for i, name in enumerate(origin.keys)}
     for name in ("_label", "_probability", "_value", "_probabilities"):

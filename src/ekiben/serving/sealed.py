@@ -82,7 +82,8 @@ def open_journal(
     """Open a journal of any size; memory does not grow with it.
 
     The connection has three views: ``predictions``, ``feedback`` and ``journal``, which is each prediction with the last
-    truth that was told about it (``_truth`` or ``_true_value``, and ``_told``, the time).
+    truth that was told about it (``_truth`` or ``_true_value``, and ``_told``, the time). Who answered is in ``_version`` and
+    ``_role``; what a ``shadow`` answered, under the same ``_id`` as the answer that was given, nobody saw.
 
     Parameters
     ----------
@@ -104,12 +105,16 @@ def open_journal(
     is_regression = _has_values(folder, ring)
     truth = "_true_value" if is_regression else "_truth"
     empty = {
-        "predictions": "NULL::VARCHAR AS _id, NULL::TIMESTAMPTZ AS _time, NULL::VARCHAR AS _version, NULL::DATE AS _date",
+        "predictions": "NULL::VARCHAR AS _id, NULL::TIMESTAMPTZ AS _time, NULL::VARCHAR AS _version, NULL::VARCHAR AS _role, "
+        "NULL::DATE AS _date",
         "feedback": f"NULL::VARCHAR AS _id, NULL::TIMESTAMPTZ AS _time, NULL AS {truth}, NULL::DATE AS _date",
     }
     for kind, columns in empty.items():
         parts = [_read_parquet(folder, kind, key) for key in sorted({key_of(p) for p in sealed_files(folder, kind)})]
         source = " UNION ALL BY NAME ".join(f"SELECT * FROM {part}" for part in parts)
+        if source and kind == "predictions":  # files from before there were roles have no such column
+            source = f"{source} UNION ALL BY NAME SELECT NULL::VARCHAR AS _role WHERE false"
+            source = f"SELECT * REPLACE (coalesce(_role, 'champion') AS _role) FROM ({source})"
         connection.execute(f"CREATE VIEW {kind} AS {source or f'SELECT {columns} WHERE false'}")
     connection.execute(
         f"CREATE VIEW journal AS SELECT p.*, f.{truth}, f._told FROM predictions p LEFT JOIN ("

@@ -56,7 +56,8 @@ class Origin(Record, frozen=True):
     Attributes
     ----------
     model : dict of str to str
-        ``name``, ``version`` and ``bento``.
+        ``name``, ``version`` and ``bento``; ``role`` is ``champion`` (also where it is not said), ``challenger`` or
+        ``shadow``: what a shadow answered, nobody saw.
     schema : Schema
         Of the inputs that are kept, in their order.
     ids, private : tuple of str
@@ -322,6 +323,7 @@ def remove_expired(folder: Path, days: int) -> int:
     first = (datetime.now(UTC) - timedelta(days=days)).date()
     removed = [p for p in Path(folder).glob("sealed/*/_date=*/*.parquet") if p.parent.name[6:] < first.isoformat()]
     removed += [p for p in list_segments(folder) if p.stem[:8] < f"{first:%Y%m%d}"]
+    removed += [p for p in Path(folder).glob("telemetry/[0-9]*.jsonl") if p.stem < f"{first:%Y%m%d}"]
     for path in removed:
         path.unlink(missing_ok=True)
         if path.suffix == ".parquet" and not any(path.parent.iterdir()):

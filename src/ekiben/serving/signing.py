@@ -17,8 +17,8 @@ from .integrity import MANIFEST, SIGNATURE, Manifest, check_folder, open_folder,
 from .trust import Trust, trusted_keys
 
 # %% auto #0
-__all__ = ['FIELDS', 'Seal', 'statement_bytes', 'signature_bytes', 'check_signature', 'verify_folder', 'open_signed',
-           'claimed_seal', 'admit']
+__all__ = ['FIELDS', 'Seal', 'statement_bytes', 'signature_bytes', 'check_signature', 'check_statement', 'verify_folder',
+           'open_signed', 'claimed_seal', 'admit']
 
 # %% ../../../nbs/library/serving/signing.ipynb #853a3c09
 @dataclass(frozen=True)
@@ -92,34 +92,56 @@ def check_signature(folder: Path, trust: Trust) -> tuple[Seal, Manifest]:
             file=SIGNATURE,
             problem="missing",
         )
+    listing = read_part(folder, MANIFEST)
+    statement, _ = check_statement(folder, read_part(folder, SIGNATURE), trust)
+    if hashlib.sha256(listing).hexdigest() != statement["manifest"]:
+        raise _not_signed(folder, MANIFEST)
+    manifest = Manifest.from_json(listing)
+    seal = Seal(str(statement["kind"]), str(statement["name"]), str(statement["key"]), str(statement["signed"]), len(manifest.files))
+    return seal, manifest
+
+# %% ../../../nbs/library/serving/signing.ipynb #6be7534a
+def check_statement(folder: Path, raw: bytes, trust: Trust, *, file: str = SIGNATURE) -> tuple[dict[str, str | int], bytes]:
+    """Return what somebody who is trusted said, and the signature; what it speaks of is not looked at.
+
+    Parameters
+    ----------
+    folder : Path
+        Where it was found, for the message.
+    raw : bytes
+        As `signature_bytes` writes it.
+    trust : Trust
+    file : str
+        The file that holds it, for the message.
+
+    Raises
+    ------
+    IntegrityError
+        When it was changed, or the key is not trusted.
+    """
     if not trust.keys:
         raise IntegrityError(
             f"no signer is trusted here, so `{folder}` cannot be verified: name the signer's public key in "
             "EKIBEN_TRUSTED_KEYS (`ekiben keys signing` prints it where it was signed)",
-            file=SIGNATURE,
+            file=file,
             problem="untrusted",
         )
-    listing = read_part(folder, MANIFEST)
     try:
-        statement, signature = _read_signature(read_part(folder, SIGNATURE))
+        statement, signature = _read_signature(raw)
     except (ValueError, RecursionError):
-        raise _not_signed(folder, SIGNATURE) from None
+        raise _not_signed(folder, file) from None
     key = str(statement["key"])
     if key not in trust.keys:
         why = "was revoked here" if key in trust.revoked else f"is not trusted here ({trust.source} names {', '.join(trust.keys)})"
         raise IntegrityError(
             f"`{folder}` was signed with the key {key}, which {why}",
-            file=SIGNATURE,
+            file=file,
             problem="revoked" if key in trust.revoked else "untrusted",
             key=key,
         )
     if not _holds(trust.keys[key], signature, statement_bytes(statement)):
-        raise _not_signed(folder, SIGNATURE)
-    if hashlib.sha256(listing).hexdigest() != statement["manifest"]:
-        raise _not_signed(folder, MANIFEST)
-    manifest = Manifest.from_json(listing)
-    seal = Seal(str(statement["kind"]), str(statement["name"]), key, str(statement["signed"]), len(manifest.files))
-    return seal, manifest
+        raise _not_signed(folder, file)
+    return statement, signature
 
 # %% ../../../nbs/library/serving/signing.ipynb #a10ccbdb
 def _not_signed(folder: Path, name: str) -> IntegrityError:

@@ -15,9 +15,10 @@ import msgspec
 from ..errors import EkibenError
 from .answers import AnswerCache
 from .body import Patience
-from .bundle import load_bundle
 from .examiner import Examiner
 from .guards import Guard, listens_on_loopback
+from .hosted import Hosted, load_hosted
+from .hosting import Hosting
 from .idempotency import Replays
 from .journal import Journal
 from .keeping import JournalOptions
@@ -28,12 +29,13 @@ from .otel import Exporter
 from .page import policy_of, write_page
 from .problem import Problem
 from .responses import Pairs
-from .scorer import Scorer, self_test
-from .segments import origin_of
+from .scorer import Scorer
 from .signing import Seal
+from .split import Split
 from .telemetry import Telemetry
 from .traces import UNRECORDED
-from .trust import Trust
+from .traffic import TrafficLog
+from .trust import Trust, trusted_keys
 from ..trusted import declare_types
 
 # %% auto #0
@@ -47,8 +49,12 @@ class State:
 
     Attributes
     ----------
-    scorer : Scorer or None
-        None: not ready, for the reason in `why`.
+    arm : Hosted
+        The champion; not loaded: not ready, for the reason in `why`.
+    split : Split or None
+        The champion and its challenger; None: the champion answers all.
+    hosting : Hosting or None
+        What keeps both at what was deployed; None: nothing was, the bundle given to `open` serves.
     trust : Trust or None
         With it, a bundle is loaded only if somebody named there signed it.
     seal : Seal or None
@@ -57,15 +63,18 @@ class State:
         Whether the service was told to stop, and only finishes what comes until it does.
     in_flight : int
         Requests that are worked on.
+    working : set of object
+        One for each request that a thread works on.
     has_server : bool
         Whether a server started the application; without one it is called from within the process alone.
     """
 
     def __init__(self) -> None:
-        self.scorer: Scorer | None = None
-        self.journal = Journal(None)
+        self.arm = Hosted()
+        self.split: Split | None = None
+        self.hosting: Hosting | None = None
+        self.traffic: TrafficLog | None = None
         self.telemetry = Telemetry()
-        self.model: dict[str, str] = {}
         self.why = "the bundle is still being loaded"
         self.documents: dict[str, bytes] = {}
         self.trust: Trust | None = None
@@ -75,9 +84,25 @@ class State:
         self.sampling = UNRECORDED
         self.is_draining = False
         self.in_flight = 0
+        self.working: set[object] = set()
         self.has_server = False
         self.patience = Patience()
         self.configure(ServiceOptions())
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """The champion's; None: not ready."""
+        return self.arm.scorer if self.arm.is_loaded else None
+
+    @property
+    def journal(self) -> Journal:
+        """The champion's part of it."""
+        return self.arm.journal
+
+    @property
+    def model(self) -> dict[str, str]:
+        """Who the champion is."""
+        return self.arm.model
 
     def configure(self, options: ServiceOptions) -> None:
         """Take over what the operator set."""
@@ -106,6 +131,7 @@ class State:
         bento: str = "",
         options: JournalOptions | None = None,
         service: ServiceOptions | None = None,
+        deployment: Path | None = None,
     ) -> None:
         """Verify and load a bundle, repeat its self-test, and become ready.
 
@@ -121,6 +147,8 @@ class State:
             How the journal is kept; default: what the environment says.
         service : ServiceOptions, optional
             Default: what the environment says.
+        deployment : Path, optional
+            Folder of a deployment: what it says is served in place of `folder`, and followed from now on.
 
         Raises
         ------
@@ -128,7 +156,7 @@ class State:
             When a file is not what was sealed, or the self-test fails; the service stays unready and says why.
         """
         try:
-            self._open(folder, journal, bento, options, service)
+            self._open(folder, journal, bento, options, service, deployment)
         except EkibenError as exc:
             self.why = str(exc)
             raise
@@ -138,79 +166,107 @@ class State:
         gc.collect()
         gc.freeze()
         gc.set_threshold(200_000, 50, 1_000)
+        if self.hosting is not None:
+            self.hosting.watch()
 
     def _open(
-        self, folder: Path, journal: Path | None, bento: str, options: JournalOptions | None, service: ServiceOptions | None
+        self,
+        folder: Path,
+        journal: Path | None,
+        bento: str,
+        options: JournalOptions | None,
+        service: ServiceOptions | None,
+        deployment: Path | None,
     ) -> None:
         self.configure(service or ServiceOptions.from_env(os.environ))
         if self.options.trusted_types:
             declare_types(self.options.trusted_types)
-        scorer = Scorer(load_bundle(folder, self.trust))
-        tested = self_test(scorer)
-        if scorer.explains and (shown := scorer.shown_examples(1)):
-            scorer.explain_rows([shown[0].row], ["self-test"])  # the first explanation makes what the others are quick by
-        info = scorer.info
-        self.model = {"name": info.name, "version": info.lineage.version, "bento": bento}
+        hosting = None
+        if deployment is not None:
+            hosting = Hosting(self, deployment, self.trust or trusted_keys(), journal=journal, options=options)
+        if hosting is None or not hosting.start():
+            own = load_hosted(folder, self.trust, bento=bento).keep(journal, options)
+            if hosting is not None:
+                hosting.serve_own(own)
+            self.adopt(own, None)
+        self.hosting = hosting
+        self.describe()
+        info = self.arm.scorer.info
         if journal is not None:
-            names = [field.name for field in scorer.request_schema.inputs]
-            self.journal = Journal(journal, origin_of(scorer.bundle.schema, names, self.model), options)
-        self.telemetry = Telemetry(
-            info.name, info.lineage.version, examiner=Examiner.of(scorer), classes=info.classes, digest=scorer.bundle.digest
-        )
+            self.traffic = TrafficLog(journal, self.telemetry, lambda: self.arm.version)
         facts = {"service.name": info.name, "service.version": info.lineage.version}
         self.exporter = Exporter.from_env(self.options.otlp_endpoint, os.environ, facts)
         self.sampling = self.exporter.sampling if self.exporter else UNRECORDED
-        self.documents = self._documents(scorer, tested)
-        self.scorer = scorer
 
-    def _documents(self, scorer: Scorer, tested: int) -> dict[str, bytes]:
-        info = scorer.info
-        model: dict[str, Any] = {
-            **self.model,
-            "runtime": info.runtime,
-            "task": info.task,
-            "target": info.target,
-            "classes": info.classes,
-            "positive": info.positive,
-            "policy": info.policy,
-            "limits": info.limits,
-            "lineage": info.lineage,
-            "digest": scorer.bundle.digest,
-            "single_row": scorer.lane.to_facts(),
-            "runtimes": scorer.bundle.runtimes,
-        }
+    def adopt(self, champion: Hosted, split: Split | None) -> None:
+        """Answer with these from now on.
+
+        Parameters
+        ----------
+        champion : Hosted
+        split : Split or None
+            With the challenger.
+        """
+        if champion is not self.arm:
+            scorer, examiner = champion.scorer, Examiner.of(champion.scorer)
+            said = {"schema": {"fields": scorer.request_schema.inputs}, "openapi": describe_service(scorer)}
+            documents = {name: msgspec.json.encode(document) for name, document in said.items()}
+            documents["page"] = write_page(scorer, champion.model)
+            headers = ((b"content-security-policy", policy_of(documents["page"]).encode()),)
+            if self.traffic is not None:
+                self.traffic.write(self.arm.version)
+            facts = {"digest": scorer.bundle.digest}
+            self.telemetry.serve(scorer.info.name, champion.version, examiner=examiner, classes=scorer.info.classes, **facts)
+            self.page_headers, self.documents = headers, {**self.documents, **documents}
+        for hosted in (split.champion, split.challenger) if split is not None else ():
+            hosted.count = self.telemetry.arms[hosted.version, hosted.role]
+        self.arm, self.split = champion, split
+        self.describe()
+
+    def describe(self) -> None:
+        """Write down what the process is, for ``/model`` and ``/readyz``."""
+        arm = self.arm
+        if not arm.is_loaded:
+            return
+        bundle = arm.scorer.bundle
+        model: dict[str, Any] = arm.to_facts()
         ready: dict[str, Any] = {
             "status": "ready",
-            "model": self.model,
-            "verified": len(scorer.bundle.files),
-            "self_test": tested,
-            "signature": scorer.bundle.seal.to_dict() if scorer.bundle.seal else {"state": "not asked for"},
+            "model": arm.model,
+            "verified": len(bundle.files),
+            "self_test": arm.tested,
+            "signature": bundle.seal.to_dict() if bundle.seal else {"state": "not asked for"},
         }
         if self.seal:
             ready["bento"] = self.seal.to_dict()
-        schema = {"fields": scorer.request_schema.inputs}
-        said = {"model": model, "schema": schema, "openapi": describe_service(scorer), "ready": ready}
-        documents = {name: msgspec.json.encode(document) for name, document in said.items()}
-        documents["page"] = write_page(scorer, self.model)
-        self.page_headers = ((b"content-security-policy", policy_of(documents["page"]).encode()),)
-        return documents
+        if self.hosting is not None:
+            model["deployment"] = ready["deployment"] = self.hosting.facts()
+        if self.split is not None:
+            model["challenger"] = self.split.challenger.to_facts()
+        self.documents = {**self.documents, "model": msgspec.json.encode(model), "ready": msgspec.json.encode(ready)}
 
-    def ready(self) -> Scorer:
-        """Return the scorer.
+    def ready(self) -> Hosted:
+        """Return the champion.
 
         Raises
         ------
         Problem
             503 when there is none.
         """
-        if self.scorer is None:
+        if not self.arm.is_loaded:
             raise Problem(503, self.why, headers=[(b"retry-after", b"1")])
-        return self.scorer
+        return self.arm
+
+    def answered(self) -> tuple[int, int, int]:
+        """Return how many predictions were answered, their rows, and how many failed."""
+        asked = [(status, n) for (route, status), n in list(self.telemetry.requests.items()) if route == "/predict"]
+        good, bad = (sum(n for status, n in asked if low <= status < low + 200) for low in (200, 500))
+        return good, self.telemetry.rows.get("/predict", 0), bad
 
     def figures(self) -> dict[str, float]:
         """Return what the parts count, for the metrics."""
         guard, exporter = self.guard, self.exporter
-        return {
+        found = {
             **self.journal.figures(),
             "in_flight": self.in_flight,
             "refused": guard.refused,
@@ -219,9 +275,14 @@ class State:
             "cache_entries": len(self.cache),
             **(exporter.figures() if exporter else {}),
         }
+        return found | self.hosting.figures() if self.hosting is not None else found
 
     def close(self) -> None:
         """Write down and send what is left, when the server ends."""
+        if self.hosting is not None:
+            self.hosting.close()
+        if self.traffic is not None:
+            self.traffic.close()
         self.journal.close()
         if self.exporter is not None:
             self.exporter.close()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from prometheus_client import Metric
 
 # %% auto #0
-__all__ = ['BUCKETS_S', 'FIGURES', 'MEDIA_TYPE', 'Telemetry']
+__all__ = ['BUCKETS_S', 'FIGURES', 'MEDIA_TYPE', 'ArmCount', 'Telemetry']
 
 # %% ../../../nbs/library/serving/telemetry.ipynb #3f7b50f0
 BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -35,10 +35,29 @@ FIGURES = (
     ("replayed", "ekiben_replayed_total", "Answers given again for the same Idempotency-Key."),
     ("cache_hits", "ekiben_cache_hits_total", "Answers that were remembered."),
     ("cache_entries", "ekiben_cache_entries", "Answers that can be remembered now."),
+    ("deployment_number", "ekiben_deployment_number", "The signed deployment that was taken last."),
+    ("challenger_share", "ekiben_challenger_share", "Share of the keys that the challenger answers."),
+    ("rolled_back", "ekiben_challenger_rolled_back", "Whether this deployment's challenger is not heard any more."),
+    ("deployment_refused", "ekiben_deployment_refused", "Whether what lies in the deployment's folder is not taken."),
+    ("shadow_dropped", "ekiben_shadow_dropped_total", "Requests that the shadow had no time for."),
     ("spans_exported", "ekiben_spans_exported_total", "Spans that the collector took."),
     ("spans_dropped", "ekiben_spans_dropped_total", "Spans that were lost because the collector did not take them."),
 )
 MEDIA_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
+
+# %% ../../../nbs/library/serving/telemetry.ipynb #f02aef7a
+class ArmCount:
+    """What one of several hosted models did: ``requests`` and ``rows`` it answered, ``errors`` where it could not."""
+
+    __slots__ = ("errors", "requests", "rows")
+
+    def __init__(self) -> None:
+        self.requests = self.rows = self.errors = 0
+
+    def add(self, rows: int) -> None:
+        """Count an answered request."""
+        self.requests += 1
+        self.rows += rows
 
 # %% ../../../nbs/library/serving/telemetry.ipynb #beb3f695
 class Telemetry:
@@ -73,6 +92,16 @@ class Telemetry:
         self.decisions: dict[str, int] = defaultdict(int)
         self._buckets: dict[str, list[int]] = defaultdict(lambda: [0] * (len(BUCKETS_S) + 1))
         self._seconds: dict[str, float] = defaultdict(float)
+        self.arms: dict[tuple[str, str], ArmCount] = defaultdict(ArmCount)
+
+    def serve(self, model: str, version: str, *, examiner: Examiner | None = None, classes: Sequence[str] = (), **facts: str) -> None:
+        """Count for another model from now on; what was counted stays."""
+        self.facts = {"name": model, "version": version, **facts}
+        self.examiner, self.classes = examiner, tuple(classes)
+
+    def buckets(self, route: str) -> list[int]:
+        """Return how many requests took at most each of ``BUCKETS_S``; last, how many took longer."""
+        return self._buckets[route] if route in self._buckets else [0] * (len(BUCKETS_S) + 1)
 
     def request(self, route: str, status: int, seconds: float) -> None:
         """Count an answered request."""
@@ -80,7 +109,9 @@ class Telemetry:
         self._buckets[route][bisect_left(BUCKETS_S, seconds)] += 1
         self._seconds[route] += seconds
 
-    def rows_answered(self, route: str, rows: Sequence[Mapping[str, Any]], answers: Sequence[Any] = ()) -> None:
+    def rows_answered(
+        self, route: str, rows: Sequence[Mapping[str, Any]], answers: Sequence[Any] = (), *, is_examined: bool = True
+    ) -> None:
         """Count the rows of a request.
 
         Parameters
@@ -90,6 +121,8 @@ class Telemetry:
             As they came.
         answers : sequence of Answer
             What was decided; empty where nothing was, as for ``/explain``.
+        is_examined : bool
+            Whether it may be compared with the reference: not what another model than its own answered.
         """
         self.rows[route] += len(rows)
         if not answers:
@@ -98,10 +131,12 @@ class Telemetry:
             decisions = self.decisions
             for answer in answers:
                 decisions[answer.label] += 1
-        if self.examiner is not None:
+        if self.examiner is not None and is_examined:
             self.examiner.take(rows, answers)
 
-    def columns_answered(self, route: str, columns: Columns, prediction: np.ndarray, decision: np.ndarray) -> None:
+    def columns_answered(
+        self, route: str, columns: Columns, prediction: np.ndarray, decision: np.ndarray, *, is_examined: bool = True
+    ) -> None:
         """Count the rows of a request that came as columns.
 
         Parameters
@@ -111,6 +146,8 @@ class Telemetry:
         prediction : (n,) or (n, classes) float64
         decision : (n,) int64 or float64
             As the scorer gives them.
+        is_examined : bool
+            See `rows_answered`.
         """
         self.rows[route] += columns.n
         if self.classes:
@@ -118,7 +155,7 @@ class Telemetry:
             for label, n in zip(self.classes, counts, strict=True):
                 if n:
                     self.decisions[label] += n
-        if self.examiner is not None:
+        if self.examiner is not None and is_examined:
             self.examiner.take_columns(columns, prediction)
 
     def collect(self) -> Iterator[Metric]:
@@ -128,6 +165,7 @@ class Telemetry:
         yield from _requests(self)
         if self.examiner is not None:
             yield from _examined(self.examiner, self.classes)
+        yield from _arms(self.arms)
         yield _info("ekiben_model", "The model that serves.", self.facts)
         code = {"version": ekiben.__version__, "python": platform.python_version()}
         yield _info("ekiben_build", "The code that serves.", code)
@@ -186,6 +224,17 @@ def _gauges(name: str, says: str, labels: Sequence[str], values: Mapping[str, fl
     for key, value in values.items():
         family.add_metric([key], value)
     return family
+
+
+def _arms(arms: Mapping[tuple[str, str], ArmCount]) -> Iterator[Metric]:
+    if not arms:
+        return
+    for name, says in (
+        ("requests", "Predictions that a hosted model answered, or scored in the shadow."),
+        ("rows", "Their rows."),
+        ("errors", "Predictions that a hosted model could not score; what a challenger could not, the champion answered."),
+    ):
+        yield _counts(f"ekiben_arm_{name}", says, ("version", "role"), {key: getattr(arm, name) for key, arm in list(arms.items())})
 
 
 def _figures(figures: Mapping[str, float]) -> Iterator[Metric]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,6 +126,7 @@ def search_models(
     seed: int = 0,
     folder: Path | None = None,
     workers: int = 0,
+    starts: Mapping[str, Sequence[dict[str, Any]]] | None = None,
     progress: Callable[[int, float | None, float], None] | None = None,
 ) -> Found:
     """Search for the best model and refit it on all rows.
@@ -149,6 +150,8 @@ def search_models(
         Where studies are kept; None: nothing is kept.
     workers : int
         Folds that run at a time; 0: one for each processor. Has no influence on the result.
+    starts : mapping of str to sequence of dict, optional
+        By estimator: the parameters of the first trials, such as the best of an earlier search; default: `STARTS`.
     progress : callable, optional
         Called after each trial with the number of trials, the best score (None before there is one) and the seconds
         left (0 for a search by number of trials).
@@ -164,12 +167,13 @@ def search_models(
         raise SettingsError("a search needs an estimator and either `budget_s` or `trials` above 0")
     score = choose_score(metric, problem.task)
     names = list(dict.fromkeys(["linear", *estimators]))
+    given = {name: [dict(s) for s in starts[name]] for name in names if (starts or {}).get(name)} if starts else {}
     workers = workers or os.cpu_count() or 1
     threads = max(1, workers // len(problem.folds))
     trainers = {name: make_trainer(name, problem, score, seed=seed, threads=threads) for name in names}
     named = [describe_code(sys.modules[t.kind.__module__]) for t in trainers.values() if isinstance(t, SklearnTrainer) and "." in t.name]
-    key = make_key(problem.fingerprint, describe_code(search_space), list(estimators), score.name, seed, *named)
-    hunt = Hunt(problem, search_space, trainers, score, seed, key, tuple(estimators), progress)
+    key = make_key(problem.fingerprint, describe_code(search_space), list(estimators), score.name, seed, *named, *([given] if given else []))
+    hunt = Hunt(problem, search_space, trainers, score, seed, key, tuple(estimators), progress, {**STARTS, **given})
     with ThreadPoolExecutor(workers) as pool:
         if folder is None:
             return hunt.run(None, pool, budget_s, trials)
@@ -190,13 +194,14 @@ class Hunt:
     key: str
     eligible: tuple[str, ...]
     progress: Callable[[int, float | None, float], None] | None
+    starts: Mapping[str, list[dict[str, Any]]] = field(default_factory=lambda: STARTS)
 
     def run(self, path: Path | None, pool: ThreadPoolExecutor, budget_s: float, trials: int) -> Found:
         """Run or resume the trials, then train the winner and the baseline."""
         direction = "maximize" if self.score.better == "higher" else "minimize"
         storage = open_storage(path) if path else None
         studies = {
-            name: Study(storage, name, direction=direction, seed=self.seed, starts=STARTS.get(name, [{}]))
+            name: Study(storage, name, direction=direction, seed=self.seed, starts=self.starts.get(name, [{}]))
             for name in self.trainers
         }
         race = Race(studies, self.score, trials)
