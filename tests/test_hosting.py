@@ -557,6 +557,14 @@ def test_a_step_of_the_same_two_goes_on_counting_and_another_challenger_begins_a
     assert state.hosting.status().arms["5"].requests == 0
 
 
+def test_a_service_that_nobody_asks_says_that_it_runs(place, monkeypatch):
+    monkeypatch.setattr(hosting_module, "ALIVE_S", 0.2)
+    place.deploy("3")
+    place.open()
+    first = read_status(place.folder).at
+    wait(lambda: read_status(place.folder).at > first)
+
+
 # ---- feedback
 
 

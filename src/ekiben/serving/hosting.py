@@ -30,10 +30,10 @@ from .trust import Trust
 logger = logging.getLogger("ekiben.serving")
 
 # %% auto #0
-__all__ = ['logger', 'POLL_S', 'STATUS_S', 'RETRY_S', 'Host', 'Hosting']
+__all__ = ['logger', 'POLL_S', 'STATUS_S', 'ALIVE_S', 'RETRY_S', 'Host', 'Hosting']
 
-# %% ../../../nbs/library/serving/hosting.ipynb #e209a4c0
-POLL_S, STATUS_S, RETRY_S = 0.25, 0.5, 2.0
+# %% ../../../nbs/library/serving/hosting.ipynb #027ac37d
+POLL_S, STATUS_S, ALIVE_S, RETRY_S = 0.25, 0.5, 2.0, 2.0
 
 
 class Host(Protocol):
@@ -56,7 +56,7 @@ class Host(Protocol):
     def answered(self) -> tuple[int, int, int]:
         """Return how many predictions were answered, their rows, and how many failed."""
 
-# %% ../../../nbs/library/serving/hosting.ipynb #5c91dce9
+# %% ../../../nbs/library/serving/hosting.ipynb #e6b0ebc5
 class Hosting:
     """Keeps a process at what its deployment says.
 
@@ -102,7 +102,7 @@ class Hosting:
         self._last: Split | None = None
         self._base = (0, 0, 0)
         self._told: Status | None = None
-        self._told_at = self._tried_at = 0.0
+        self._told_at = self._looked_at = self._tried_at = 0.0
         self._lock = threading.RLock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -178,7 +178,7 @@ class Hosting:
         if seen != self._seen or is_due:
             self._seen, self._tried_at = seen, time.monotonic()
             self._look_at_file()
-        if time.monotonic() - self._told_at > STATUS_S:
+        if time.monotonic() - self._looked_at > STATUS_S:
             self.say()
 
     def _look_at_file(self) -> None:
@@ -355,12 +355,13 @@ class Hosting:
         )  # fmt: skip
 
     def say(self) -> None:
-        """Write the status, when it is another than the one that was written."""
+        """Write the status, when it is another than the one that was written or that one is old: a service that runs says so."""
         with self._lock:
-            status = self.status()
-            self._told_at = time.monotonic()
-            if self._told is None or msgspec.structs.replace(status, at=self._told.at) != self._told:
-                self._told = status
+            status, moment = self.status(), time.monotonic()
+            self._looked_at = moment
+            is_same = self._told is not None and msgspec.structs.replace(status, at=self._told.at) == self._told
+            if not is_same or moment - self._told_at > ALIVE_S:
+                self._told, self._told_at = status, moment
                 self.log.tell(status)
 
     def _refuse(self, why: str) -> None:
