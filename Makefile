@@ -31,7 +31,7 @@ run: $(STAMP)  ## run this repository's own pipeline on the embedded data
 
 test: $(STAMP)  ## run the library notebooks' own cells, then pytest
 	nbdev-test nbs/library --n-workers 2
-	python -m pytest -q -m "not slow and not faults and not image"
+	python -m pytest -q -n 2 --dist loadfile -m "not slow and not faults and not image"
 
 slow: $(STAMP)  ## run the slow tests: whole projects on real tables
 	python -m pytest -q -m slow

@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from pathlib import Path
 import pytest
 from bundles import make_columns, make_project
 from images import Store, end, start_image, why_not
+from test_tls import make_pair
 
 from ekiben.bento import build_bento
 from ekiben.containerfile import USER
@@ -41,23 +44,23 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def ask(port: int, path: str, body: object = None, key: str = "") -> tuple[int, dict]:
+def ask(port: int, path: str, body: object = None, key: str = "", tls: ssl.SSLContext | None = None) -> tuple[int, dict]:
     headers = {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})}
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, headers)
+    request = urllib.request.Request(f"{'https' if tls else 'http'}://127.0.0.1:{port}{path}", data, headers)
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=30, context=tls) as answer:
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())
 
 
-def wait_ready(port: int, process: subprocess.Popen[str], patience_s: float = 120.0) -> dict:
+def wait_ready(port: int, process: subprocess.Popen[str], patience_s: float = 120.0, tls: ssl.SSLContext | None = None) -> dict:
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         assert process.poll() is None, process.stdout.read()
         try:
-            code, said = ask(port, "/readyz")
+            code, said = ask(port, "/readyz", tls=tls)
             if code == 200:
                 return said
         except OSError:
@@ -239,6 +242,70 @@ def test_it_answers_as_the_pipeline_does_and_stops_when_told(made, root):
     assert any(path.stat().st_size for path in (state / "journal").rglob("*") if path.is_file())
     code, said = inside(root, *config["Healthcheck"]["Test"][1:], env={"BENTOML_PORT": str(port)})
     assert code == 1 and "not ready" in said
+
+
+@pytest.mark.image
+def test_over_tls_it_finishes_what_it_began_before_it_stops(made, root):
+    project, _image, _store, top, word = made
+    folder, config = root
+    mounted = top / "settings"
+    certificate, _private = make_pair(mounted, "server")
+    for path in mounted.glob("server.*"):
+        shutil.chown(path, USER, USER)
+    state = top / "state-tls"
+    state.mkdir()
+    shutil.chown(state, USER, USER)
+    port, drain_s = free_port(), 6.0
+    env = {
+        "BENTOML_PORT": str(port), "EKIBEN_SERVE__DRAIN_S": str(drain_s), "EKIBEN_SERVE__ENCRYPTION": "yes",
+        "EKIBEN_SERVE__TLS_CERTIFICATE": "/etc/ekiben/server.pem", "EKIBEN_SERVE__TLS_KEY": "/etc/ekiben/server.key",
+    }  # fmt: skip
+    trusted = ssl.create_default_context(cafile=str(certificate))
+    rows = [row for row in make_columns(50, seed=7).pick([f.name for f in project.schema.inputs]).to_rows() if None not in row.values()]
+    body = json.dumps({"rows": rows}).encode()
+    head = f"POST /predict HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {word}\r\ncontent-type: application/json\r\n"
+    head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+    process = start_image(folder, config, settings=mounted, state=state, env=env)
+    try:
+        wait_ready(port, process, tls=trusted)
+        code, answered = ask(port, "/predict", {"rows": rows}, word, tls=trusted)
+        assert code == 200
+        expected = [one.probability for one in Scorer(project.bundle).score_rows(rows)]
+        assert [one["probability"] for one in answered["predictions"]] == expected
+        with pytest.raises(OSError):
+            ask(port, "/livez")  # not without TLS
+        with pytest.raises(urllib.error.URLError, match="CERTIFICATE_VERIFY_FAILED"):
+            ask(port, "/livez", tls=ssl.create_default_context())
+        said = inside(root, *config["Healthcheck"]["Test"][1:], settings=mounted, env=env)
+        assert said[0] == 0, said
+
+        with trusted.wrap_socket(socket.create_connection(("127.0.0.1", port)), server_hostname="localhost") as begun:
+            begun.settimeout(60)
+            begun.sendall(head.encode() + body[:100])
+            time.sleep(0.5)
+            told = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            while (said := ask(port, "/readyz", tls=trusted))[0] == 200:
+                assert time.monotonic() < told + drain_s, "it never said that it stops"
+                time.sleep(0.05)
+            assert said[0] == 503 and time.monotonic() < told + 2
+            assert ask(port, "/livez", tls=trusted)[0] == 200
+            assert inside(root, *config["Healthcheck"]["Test"][1:], settings=mounted, env=env)[0] == 1
+            assert ask(port, "/predict", {"rows": rows[:1]}, word, tls=trusted)[0] == 200, "who was sent here is still answered"
+            begun.sendall(body[100:])
+            answer = b"".join(iter(lambda: begun.recv(65536), b""))
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert [one["probability"] for one in json.loads(answer.partition(b"\r\n\r\n")[2])["predictions"]] == expected
+        assert process.wait(60) == 0, process.stdout.read()
+        assert drain_s - 0.5 < time.monotonic() - told < drain_s + 30
+    finally:
+        end(process, 1)
+    raw = b"".join(path.read_bytes() for path in (state / "journal").rglob("*") if path.is_file())
+    assert b"EKJ2" in raw and (state / "journal.keys").is_file()
+    assert b"Lyon" not in raw and b"probability" not in raw, "the journal is written encrypted"
+    (mounted / "server.key").write_text("nothing")
+    code, said = inside(root, *config["Entrypoint"], settings=mounted, env=env)
+    assert code == 2 and "server.key" in said and "nothing" not in said and said.count("error:") == 1
 
 
 @pytest.mark.image

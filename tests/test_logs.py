@@ -128,7 +128,9 @@ def test_any_message_is_one_line(text):
     assert json.loads(line)["msg"] == text.encode("utf-8", "replace").decode()
 
 
-def test_half_a_character_does_not_lose_the_line(log):
+def test_half_a_character_does_not_lose_the_line(log, monkeypatch):
+    root = logging.getLogger()  # without pytest's own handlers, whose report goes to another process
+    monkeypatch.setattr(root, "handlers", [h for h in root.handlers if not type(h).__module__.startswith("_pytest")])
     logging.getLogger("ekiben").warning("file \udcff is not there")
     assert lines_of(log)[0]["msg"] == "file ? is not there"
 

@@ -627,8 +627,3 @@ assert "loans" not in sys.modules
     assert np.array_equal(json.loads(done.stdout.strip().splitlines()[-1]), expected)
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=apart, check=False)
     assert done.returncode and f'{VARIABLE}="{name}"' in done.stderr
-
-    (root / "src/loans/blend.py").write_text(f"SHARE = 0.75\n{BLEND}")
-    newer = run_project(root, *asked)
-    assert {step["name"]: step["status"] for step in newer["steps"]}["tune"] == "ran"
-    assert newer["model"]["version"] == "2", "other code is another version"

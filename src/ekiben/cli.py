@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .commands import accounts, project, run, history, service, loadtest, security, journal, monitor  # noqa: F401
+from .commands import accounts, project, run, history, service, loadtest, security, journal, monitor, deploy, retrain, simulate  # noqa: F401
 from .commands.shared import app
 from .errors import EkibenError
 

@@ -5,9 +5,11 @@
 # %% ../../nbs/library/erasure.ipynb #5da37309
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import os
+import shutil
 from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import structs
 
 from .errors import IntegrityError, UsageError, did_you_mean
-from .files import write_whole
+from .files import hash_file, write_whole
 from .records import Record
 from .runs import Layout, StepResult
 from .serving.erase import Eraser, Person
@@ -137,15 +139,36 @@ class TableEraser:
     def erase(self) -> list[ErasedTable]:
         """Remove the rows and lead what steps recorded to the tables without them."""
         done = [table for path in sorted(self.store.folder.glob("*/*")) if (table := self._rewrite(path))]
-        moved = {table.was: table.now for table in done}
+        done += [table for path in sorted(self.state.glob("retrain/*/rows/*.parquet")) if (table := self._rewrite_place(path))]
+        moved = {table.was: table.now for table in done if not table.names}
         names: dict[str, list[str]] = {}
         for path in [*self.state.glob("last/*.json"), *self.state.glob("runs/*/*.json")] if moved else []:
             self._lead(path, moved, names)
         for table in done:
-            self.store.path(table.was).unlink(missing_ok=True)
-        return [structs.replace(table, names=sorted(set(names.get(table.was, [])))) for table in done]
+            if not table.names:
+                self.store.path(table.was).unlink(missing_ok=True)
+        return [structs.replace(table, names=table.names or sorted(set(names.get(table.was, [])))) for table in done]
+
+    def _rewrite_place(self, path: Path) -> ErasedTable | None:
+        """Remove the rows from a table of `ekiben retrain`, which lies under its own name."""
+        if (found := self._without_theirs(path)) is None:
+            return None
+        count, content = found
+        was = hash_file(path)
+        write_whole(path, content, 0o600)
+        name = f"retrain.{path.parent.parent.name}.{path.stem}"
+        return ErasedTable(names=[name], rows=count, was=was, now=hashlib.sha256(content).hexdigest())
 
     def _rewrite(self, path: Path) -> ErasedTable | None:
+        if (found := self._without_theirs(path)) is None:
+            return None
+        count, content = found
+        digest = hashlib.sha256(content).hexdigest()
+        write_whole(self.store.path(digest), content)
+        return ErasedTable(names=[], rows=count, was=path.name, now=digest)
+
+    def _without_theirs(self, path: Path) -> tuple[int, bytes] | None:
+        """Return how many rows of a file are theirs, and the file without them; None when there are none."""
         with path.open("rb") as file:
             if file.read(4) != b"PAR1":
                 return None
@@ -168,9 +191,7 @@ class TableEraser:
             return None
         sink = io.BytesIO()
         pq.write_table(_without(pq.read_table(path), pc.invert(theirs)), sink, compression="zstd")
-        digest = hashlib.sha256(sink.getvalue()).hexdigest()
-        write_whole(self.store.path(digest), sink.getvalue())
-        return ErasedTable(names=[], rows=count, was=path.name, now=digest)
+        return count, sink.getvalue()
 
     def _is_theirs(self, column: pa.ChunkedArray, name: str) -> Any:
         import pyarrow as pa
@@ -231,9 +252,10 @@ def forget(root: Path, who: str, *, journal: Path | None = None, also: Collectio
     Raises
     ------
     UsageError
-        When neither the journal nor a stored table has the column.
+        When neither the journal nor a stored table has the column, or a retraining is at work, which reads rows just now.
     """
     root, person = Path(root), Person.parse(who)
+    _forget_unfinished(root)
     eraser = Eraser(journal or root / ".ekiben" / "journal", person)
     erased = eraser.erase()
     columns, tables = set(eraser.columns), list[ErasedTable]()
@@ -256,6 +278,22 @@ def forget(root: Path, who: str, *, journal: Path | None = None, also: Collectio
     if erasure.rows:
         _write_down(root, erasure)
     return erasure
+
+
+def _forget_unfinished(root: Path) -> None:
+    """Remove what a killed retraining had begun to gather, for rows of anybody may lie there; refuse while one is at work."""
+    place = root / ".ekiben" / "retrain"
+    if not (place / "lock").is_file():
+        return
+    handle = os.open(place / "lock", os.O_RDWR)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for folder in place.glob("*/.building"):
+            shutil.rmtree(folder, ignore_errors=True)
+    except BlockingIOError:
+        raise UsageError("`ekiben retrain` is at work and reads rows just now; give the command again when it has ended") from None
+    finally:
+        os.close(handle)
 
 
 def _states(root: Path) -> Iterator[Path]:

@@ -18,11 +18,10 @@ from .bento import build_bento
 from .columns import Columns
 from .encoding import Preprocessor
 from .errors import DataError, GateError, IntegrityError
-from .files import write_whole
 from .gates import is_pending
 from .profile import Profile
 from .records import Judgement, Policy, Record, Schema, Task
-from .registry import Registry, Version
+from .registry import TAKEN_BACK, Registry, Version
 from .resampling import Bootstrap, auc_influence, percentiles
 from .serving.bundle import Bundle, Lineage, Limits, load_bundle, stamp_bundle, write_bundle
 from .portable import collect_code
@@ -120,8 +119,8 @@ def make_bundle(
     first = Scorer(write_bundle(folder, examples=(), **parts))
     examples = make_examples(first, sample.rows(_telling(first, sample)))
     if profile != b"{}":
-        reference = Profile.from_json(profile).with_predictions(first.score_columns(sample)[0], schema.classes)
-        parts["profile"] = reference.to_json()
+        seen = Profile.from_json(profile).with_predictions(first.score_columns(sample)[0], schema.classes)
+        parts["profile"] = seen.to_json()
     return write_bundle(folder, examples=examples, **parts)
 
 # %% ../../nbs/library/package.ipynb #3c99bfe4
@@ -255,18 +254,22 @@ Promote = Literal["if_better", "always", "never"]
 def earn_alias(
     registry: Registry, version: Version, promote: Promote, comparison: Comparison, champion: Version | None
 ) -> str:
-    """Give a version the alias it earns and return it: ``champion`` or ``challenger``.
+    """Give a version the alias it earns and return it: ``champion``, ``challenger``, or ``""`` when it gets none.
 
     The first version is champion. A later one is champion when `promote` says always, or says ``if_better`` and the
-    comparison does; the old champion then has no alias, and no version is both.
+    comparison does; the old champion then has no alias, and no version is both. One that a rollback took back gets none
+    unless `promote` says always: `ekiben promote` is how a person gives it another chance.
     """
     if champion is not None and champion.version == version.version:
         return "champion"
+    if champion is not None and TAKEN_BACK in version.tags and promote != "always":
+        return ""
     wins = champion is None or promote == "always" or (promote == "if_better" and comparison.is_better)
     alias = "champion" if wins else "challenger"
-    registry.set_alias(version, alias)
-    if wins and (rival := registry.holder(version.name, "challenger")) and rival.version == version.version:
-        registry.drop_alias(version.name, "challenger")
+    if wins:
+        registry.make_champion(version)
+    else:
+        registry.set_alias(version, alias)
     return alias
 
 # %% ../../nbs/library/package.ipynb #c2108a3d
@@ -341,8 +344,7 @@ def release(
         bento = build_bento(stamped, service, report=report, signer=signer)
     registry.tag(version, "ekiben.bento", bento.tag)
     if alias == "champion":
-        served = Served(bento=bento.tag, name=info.name, version=version.version, digest=bundle.digest)
-        write_whole(Served.path(registry.root), served.to_json())
+        Served(bento=bento.tag, name=info.name, version=version.version, digest=bundle.digest).write(registry.root)
     account_release(
         registry.root,
         name=info.name,
@@ -375,6 +377,8 @@ def release(
 # %% ../../nbs/library/package.ipynb #03b8dd11
 def _reason(alias: str, promote: Promote, comparison: Comparison) -> str:
     """Return in words why a version is called what it is called."""
+    if not alias:
+        return "it was rolled back once, so that nothing but `ekiben promote` makes it champion again"
     if comparison.gain is None:
         return comparison.note
     figures = f"{comparison.metric} {comparison.gain:+.5f} ({comparison.low:+.5f} … {comparison.high:+.5f}) on {comparison.rows:,} rows"

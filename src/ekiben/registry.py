@@ -25,9 +25,12 @@ from .serving.bundle import Bundle, load_bundle
 from .portable import collect_modules
 
 # %% auto #0
-__all__ = ['SCRIPT', 'Version', 'copy_framework', 'requirements_of', 'Registry']
+__all__ = ['TAKEN_BACK', 'SCRIPT', 'Version', 'copy_framework', 'requirements_of', 'Registry']
 
 # %% ../../nbs/library/registry.ipynb #9b9e84aa
+TAKEN_BACK = "ekiben.taken_back"  # tag of a version that a rollback took out of service; says why
+
+
 class Version(Record, frozen=True):
     """A registered version of a model.
 
@@ -356,6 +359,21 @@ class Registry:
         """Give a version an alias, which another may have had."""
         with self._asking(f"call {version.uri} {alias}"):
             self.client.set_registered_model_alias(version.name, alias, version.version)
+
+    def make_champion(self, version: Version, alias: str = "champion") -> None:
+        """Give a version the alias of what serves; it is challenger no more, and what took it back once is forgotten."""
+        self.set_alias(version, alias)
+        if (rival := self.holder(version.name, "challenger")) and rival.version == version.version:
+            self.drop_alias(version.name, "challenger")
+        if TAKEN_BACK in version.tags:
+            with self._asking(f"untag {version.uri}"):
+                self.client.delete_model_version_tag(version.name, version.version, TAKEN_BACK)
+
+    def take_back(self, version: Version, why: str) -> None:
+        """Write down that a version was rolled back, so that no later run gives it an alias by itself; it loses `challenger`."""
+        self.tag(version, TAKEN_BACK, why or "rolled back")
+        if (rival := self.holder(version.name, "challenger")) and rival.version == version.version:
+            self.drop_alias(version.name, "challenger")
 
     def drop_alias(self, name: str, alias: str) -> None:
         """Take an alias away."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_serializer
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_serializer, field_validator
+from pydantic_core import PydanticCustomError
 
 from .gates import Gate
 from .values import hide_passwords
@@ -122,7 +123,7 @@ class ServeSection(Section):
         "async", description="sync: no answer before the disk has its record; async: at most 0.1 s behind"
     )
     retention_days: int = Field(365, ge=0, description="days that the journal is kept (0: for ever)")
-    encryption: bool = Field(False, description="encrypt the sealed part of the journal")
+    encryption: bool = Field(False, description="encrypt the journal's files")
     trusted_keys: tuple[str, ...] = Field((), description="public keys, or files of them, whose signed Bentos are served too")
     trusted_types: tuple[str, ...] = Field((), description="types that a stored estimator may hold, by their full names: pkg.module.Class")
     keys: str = Field("", description="file with the API keys (default: .ekiben/keys.json)")
@@ -163,6 +164,23 @@ class RetrainSection(Section):
 # %% ../../nbs/library/sections.ipynb #a1c0de02
 class DeploySection(Section):
     """``[deploy]``: how a new version comes to serve."""
+
+    steps: tuple[float, ...] = Field((5.0, 25.0, 100.0), description="shares [%] of the requests that a new version gets, in turn")
+    hold_s: float = Field(300.0, ge=0, description="seconds that each share must hold")
+    min_requests: int = Field(200, ge=0, description="requests that the new version must have answered at each share")
+    route_by: str = Field("", description="column whose value decides who answers (default: the first id column)")
+    max_error_rate: float = Field(0.01, ge=0, le=1, description="errors of the new version above the champion's, as a share")
+    max_latency_ratio: float = Field(3.0, ge=1, description="its median time to score, over the champion's")
+    max_loss_gap: float = Field(0.05, ge=0, description="its mean loss above the champion's, once labels have come")
+    max_shift: float = Field(0.25, ge=0, description="its mean prediction away from the champion's")
+    approvals: int = Field(0, ge=0, le=5, description="other people who must approve a promotion (`ekiben approve`)")
+
+    @field_validator("steps")
+    @classmethod
+    def _rise(cls, steps: tuple[float, ...]) -> tuple[float, ...]:
+        if not steps or any(not a < b for a, b in zip((0.0, *steps), steps, strict=False)) or steps[-1] > 100:
+            raise PydanticCustomError("shares", "takes rising shares in percent, none above 100, such as 5, 25, 100")
+        return steps
 
 # %% ../../nbs/library/sections.ipynb #a1c0de09
 class CardSection(Section):

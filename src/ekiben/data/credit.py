@@ -22,7 +22,7 @@ __all__ = ['Drift', 'BLOCK_ROWS', 'FIRST_DAY', 'EMPLOYMENT', 'PURPOSES', 'POSTCO
            'Block', 'simulate_batches', 'simulate_credit', 'CreditTruth', 'truth']
 
 # %% ../../../nbs/library/data/credit.ipynb #6a5fdea9
-Drift = Literal["none", "mean_shift", "category_share", "concept"]
+Drift = Literal["none", "mean_shift", "category_share", "concept", "reversal"]
 
 # %% ../../../nbs/library/data/credit.ipynb #adb1ace9
 class CreditOptions(Record, frozen=True):
@@ -35,9 +35,10 @@ class CreditOptions(Record, frozen=True):
         The applications are spread evenly over so many days, from 1 January 2024 on.
     disparity : float
         Log-odds of default that women are given on top.
-    drift : {"none", "mean_shift", "category_share", "concept"}
-        From `from_day` on: incomes fall by 30 %; business loans go from 10 % to 45 % of all; or past defaults stop
-        mattering and a heavy burden matters twice.
+    drift : {"none", "mean_shift", "category_share", "concept", "reversal"}
+        From `from_day` on: incomes fall by 30 %; business loans go from 10 % to 45 % of all; past defaults stop
+        mattering and a heavy burden matters twice; or past defaults stop mattering, and those who own a home or have a
+        long history, who were safe, are so no more. In the last two the applicants stay the same.
     from_day : int
         First day (0-based) with drift; -1: half-way.
     label_delay_days : int
@@ -128,20 +129,21 @@ def _draw_applicants(options: CreditOptions, day: np.ndarray, random: np.random.
 def _log_odds(options: CreditOptions, drawn: dict[str, np.ndarray], day: np.ndarray) -> np.ndarray:
     """Return the log-odds of default of equal applicants, before the injected disparity."""
     burden = 1.06 * drawn["amount"] / drawn["months"] / drawn["income"]
-    changed = (day >= options.drifts_from) if options.drift == "concept" else np.zeros(len(day), dtype=bool)
+    after, never = day >= options.drifts_from, np.zeros(len(day), dtype=bool)
+    changed, turned = (after if options.drift == name else never for name in ("concept", "reversal"))
     return (
         -2.0
         + np.where(changed, 2.0, 1.0) * 0.95 * (np.log(burden) + 1.9)
         + 0.9 * (burden > 0.4)
-        + np.where(changed, 0.0, 1.1) * drawn["past_defaults"]
+        + np.where(changed | turned, 0.0, 1.1) * drawn["past_defaults"]
         + 0.22 * drawn["open_loans"]
         + np.array([-0.2, 0.1, 0.5, 1.1, 0.0])[drawn["employment"]]
         + np.array([0.0, -0.1, 0.2, 0.4, -0.3, 0.4])[drawn["purpose"]]
         + 0.9 * ((drawn["purpose"] == 3) & (drawn["age"] < 30))
         - 0.018 * (drawn["age"] - 40)
-        - 0.045 * drawn["history_years"]
+        - np.where(turned, -0.06, 0.045) * drawn["history_years"]
         - 0.03 * drawn["employment_years"]
-        - 0.5 * drawn["homeowner"]
+        - np.where(turned, -0.9, 0.5) * drawn["homeowner"]
     )
 
 # %% ../../../nbs/library/data/credit.ipynb #d9016733

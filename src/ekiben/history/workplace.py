@@ -117,8 +117,10 @@ def _new_folder(parent: Path, run_id: str) -> Path:
 
 
 def _copy_state(project: Layout, copy: Layout) -> None:
-    """Take along the key that private columns are hashed with, and what is known of exported notebooks."""
+    """Take along the key that private columns are hashed with, what is known of exported notebooks, and the rows of retrainings."""
     copy.state.mkdir(parents=True, exist_ok=True)
+    if (project.state / "retrain").is_dir():
+        (copy.state / "retrain").symlink_to((project.state / "retrain").absolute())
     for name in ("private.key", "exported.json"):
         if (project.state / name).is_file():
             shutil.copy2(project.state / name, copy.state / name)

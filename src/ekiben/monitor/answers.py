@@ -22,20 +22,40 @@ if TYPE_CHECKING:
     import duckdb
 
 # %% auto #0
-__all__ = ['LARGEST', 'open_answered', 'within', 'rows_by_version', 'rows_by_part', 'Answers', 'read_answers']
+__all__ = ['LARGEST', 'check_journal', 'open_answered', 'within', 'rows_by_version', 'rows_by_part', 'Answers', 'read_answers',
+           'losses_told']
 
-# %% ../../../nbs/library/monitor/answers.ipynb #ba3261d0
-def open_answered(journal: Path, options: JournalOptions | None = None) -> duckdb.DuckDBPyConnection:
+# %% ../../../nbs/library/monitor/answers.ipynb #b86bb591
+def check_journal(journal: Path, shown: str = "") -> None:
+    """Refuse a folder that is no journal; `shown` is how the message names it.
+
+    Raises
+    ------
+    UsageError
+        Says what makes one.
+    """
+    if not (Path(journal) / "segments").is_dir() and not (Path(journal) / "sealed").is_dir():
+        raise UsageError(f"no journal in {shown or journal}; `ekiben serve` keeps one, with the first request it answers")
+
+
+def open_answered(journal: Path, options: JournalOptions | None = None, *, fresh: bool = True) -> duckdb.DuckDBPyConnection:
     """Open a journal with a view ``answered``: what was answered to somebody, shadow answers left out.
+
+    Parameters
+    ----------
+    journal : Path
+    options : JournalOptions, optional
+        How it is kept.
+    fresh : bool
+        Whether to seal first what is not sealed yet.
 
     Raises
     ------
     UsageError
         When there is no journal.
     """
-    if not (Path(journal) / "segments").is_dir() and not (Path(journal) / "sealed").is_dir():
-        raise UsageError(f"no journal in {journal}; `ekiben serve` keeps one, with the first request it answers")
-    db = open_journal(Path(journal), options=options)
+    check_journal(journal)
+    db = open_journal(Path(journal), fresh=fresh, options=options)
     names = {row[0] for row in db.execute("DESCRIBE journal").fetchall()}
     own = "WHERE coalesce(_role, 'champion') <> 'shadow'" if "_role" in names else ""
     db.execute(f"CREATE VIEW answered AS SELECT * FROM journal {own}")
@@ -219,3 +239,52 @@ def _names(values: Any) -> np.ndarray:
     plain = np.ma.getdata(masked).astype(object)
     plain[np.ma.getmaskarray(masked)] = None
     return plain
+
+# %% ../../../nbs/library/monitor/answers.ipynb #a02e78fa
+def losses_told(
+    db: duckdb.DuckDBPyConnection, schema: Schema, *, version: str, until: datetime, block_s: float = 3600.0, most: int = 2000
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the blocks' beginnings [µs since 1970], and of each the rows, the sum of their losses, and of the losses' squares.
+
+    Parameters
+    ----------
+    db : DuckDBPyConnection
+        From `open_answered`.
+    schema : Schema
+    version : str
+    until : datetime
+        What was told later is not seen.
+    block_s : float
+        Length of a block [s].
+    most : int
+        Blocks; of a longer time only the last ones are returned.
+
+    Notes
+    -----
+    The loss is ``ekiben.reference``'s: Brier's score, or the squared error.
+    """
+    names = {row[0] for row in db.execute("DESCRIBE answered").fetchall()}
+    truth = "_true_value" if schema.task == "regression" else "_truth"
+    needed = {"regression": "_value", "binary": "_probability", "multiclass": "_probabilities"}[schema.task]
+    none = np.zeros(0)
+    if truth not in names or needed not in names:
+        return none.astype(np.int64), none, none, none
+    if schema.task == "regression":
+        loss = f"(_value - {truth}) ** 2"
+    elif schema.task == "binary":
+        loss = f"(_probability - {_place(truth, schema.classes)}) ** 2"
+    else:
+        parts = [f"(map_extract(_probabilities, {_text(c)})[1] - ({truth} = {_text(c)})::INTEGER) ** 2" for c in schema.classes]
+        loss = f"CASE WHEN {_place(truth, schema.classes)} IS NOT NULL THEN {' + '.join(parts)} END"
+    width = int(block_s * 1e6)
+    query = (
+        f"SELECT epoch_us(_told) // {width} AS block, count(loss) AS n, sum(loss) AS s, sum(loss * loss) AS q FROM "
+        f"(SELECT _told, {loss} AS loss FROM answered WHERE coalesce(_version, '') = {_text(version)} AND _told IS NOT NULL "
+        f"AND epoch_us(_told) < {int(until.timestamp() * 1e6)}) WHERE loss IS NOT NULL GROUP BY 1 ORDER BY 1"
+    )
+    found = {int(block): told for block, *told in db.execute(query).fetchall()}
+    if not found:
+        return none.astype(np.int64), none, none, none
+    blocks = np.arange(max(min(found), max(found) - most + 1), max(found) + 1, dtype=np.int64)
+    sums = np.array([found.get(int(block), (0, 0.0, 0.0)) for block in blocks], dtype=float)
+    return blocks * width, sums[:, 0], sums[:, 1], sums[:, 2]

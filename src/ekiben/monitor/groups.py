@@ -5,8 +5,8 @@
 # %% ../../../nbs/library/monitor/groups.ipynb #363a6562
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Iterable, Sequence
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -202,7 +202,7 @@ def _measure_column(
     gaps = _gaps(column, own, names, classes, least, confidence, seed)
     judged = [judge(gate, gaps) for gate in gates if feature_set(gate.slice) == feature_set(column)]
     parts = []
-    for first, last in zip(edges[:-1], edges[1:], strict=True):
+    for first, last in pairwise(edges):
         inside = (own.time >= first) & (own.time < last)
         if inside.any():
             big, _ = large_groups(names[inside], least)

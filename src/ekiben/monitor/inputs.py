@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+from msgspec.structs import replace
 
 from .counting import Counts
 from .drift import ColumnDrift
 from .records import DriftSeen, InputQuality
 from ..profile import ColumnProfile, Profile
 from ..serving.drifting import psi
+from ..serving.seal import column_name
 
 # %% auto #0
 __all__ = ['LEAST', 'shares_of', 'input_quality', 'index_by_part', 'drift_seen']
@@ -58,12 +60,28 @@ def index_by_part(column: ColumnProfile, counts: Counts) -> list[float | None]:
 
 
 def drift_seen(profile: Profile, drifts: Iterable[ColumnDrift], counts: Counts) -> list[DriftSeen]:
-    """Return what ``compare_window`` found as records, with the index of every part of the window."""
+    """Return what ``compare_window`` found as records, with the index of every part of the window.
+
+    A category moves in many ways at once when new values come: all others become rarer. Then it is told as what it is.
+    """
+    own = [_as_unseen(profile[d.column], d) if _is_by_new_values(profile[d.column], d) else d for d in drifts]
     return [
         DriftSeen(
             column=d.column, kind=d.kind, statistic=d.test, value=d.statistic, size=d.size, floor=d.floor, psi=d.psi, distance=d.distance,
             p_value=d.p_value, limit=d.limit, is_drifting=d.is_drifting, says=d.says, since=d.since, where=d.where,
             parts=index_by_part(profile[d.column], counts),
         )
-        for d in drifts
+        for d in own
     ]  # fmt: skip
+
+
+def _is_by_new_values(column: ColumnProfile, d: ColumnDrift) -> bool:
+    return d.is_drifting and column.kind == "category" and d.test not in ("missing", "unseen") and d.unseen >= max(d.floor / 2, d.size / 2)
+
+
+def _as_unseen(column: ColumnProfile, d: ColumnDrift) -> ColumnDrift:
+    known = ", ".join("'" + level.replace("'", "''") + "'" for level in column.levels)
+    return replace(
+        d, test="unseen", size=d.unseen, floor=0.01, where=f'"{column_name(column.name)}" NOT IN ({known})',
+        says=f"`{column.name}`: {d.unseen:.1%} are values that training never held",
+    )

@@ -9,23 +9,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import UsageError
-from .answers import Answers, open_answered, read_answers, rows_by_part, rows_by_version
+from .answers import Answers, check_journal, losses_told, open_answered, read_answers, rows_by_part, rows_by_version
 from .groups import join_groups
 from .model import champion_of, find_bundle, pick_version
-from .period import edges_of, period
+from .period import edges_of, iso, period
 from .records import Span, Traffic, Watched
+from .sequential import follow
 from .traffic import measure_traffic, read_telemetry
 from .window import WindowCounts, read_window
+from ..palette import short
 from ..profile import Profile
 from ..records import Schema
 from ..reference import Reference
 from ..serving.bundle import Bundle
 from ..serving.keeping import JournalOptions
+from ..serving.seal import seal_journal
 
 if TYPE_CHECKING:
     import duckdb
@@ -58,6 +61,8 @@ class Look:
         What the columns looked like in training.
     reference : Reference or None
         What the held-out rows said; None in a bundle from before there was one.
+    problems : tuple of str
+        What could not be read of the journal.
     """
 
     root: Path
@@ -72,6 +77,7 @@ class Look:
     bundle: Bundle
     profile: Profile
     reference: Reference | None
+    problems: tuple[str, ...] = ()
 
     @property
     def schema(self) -> Schema:
@@ -119,6 +125,27 @@ class Look:
             self.db, begin or self.begin, self.end, profile=self.profile, fields=self.schema.inputs, version=self.version,
             reference=self.reference, classes=self.schema.classes, blocks=self.parts,
         )  # fmt: skip
+
+    def sequential(self, alpha: float) -> dict[str, Any]:
+        """Return what the test of the loss says that may be looked at any time: ``ekiben.monitor.sequential.Sequence``, in words too.
+
+        Parameters
+        ----------
+        alpha : float
+            Chance that it ever alarms without a cause, over all looks.
+        """
+        if self.reference is None:
+            return {}
+        block_s = max(60.0, (self.end - self.begin).total_seconds() / self.parts)
+        starts, *sums = losses_told(self.db, self.schema, version=self.version, until=self.end, block_s=block_s)
+        if not len(starts):
+            return {}
+        found = follow(self.reference.loss, *sums, alpha=alpha)
+        is_drifting = found.has_alarmed and found.path[-1] > 0
+        name = "squared error" if self.schema.task == "regression" else "Brier score"
+        since = iso(starts[found.since]) if is_drifting and found.since > 0 else ""
+        says = f"the mean {name} of {found.rows:,} labelled rows rose to {short(found.value)}, {short(found.before)} before" if is_drifting else ""
+        return found.to_dict() | {"is_drifting": is_drifting, "since": since, "says": says, "now": found.value, "path": list(found.path[-200:])}
 
     def people(self, path: str, id_column: str, columns: Sequence[str]) -> Answers | None:
         """Return the answers with the groups of the people they are about; None where no group is known.
@@ -209,10 +236,12 @@ def open_look(
     if not parts > 0:
         raise UsageError(f"[monitor] parts must be at least 1, got {parts}")
     place = Path(root) / journal
-    db = open_answered(place, options)
+    check_journal(place)
+    problems = tuple(f"a part of the journal is not seen: {problem}" for problem in seal_journal(place, options).problems)
+    db = open_answered(place, options, fresh=False)
     versions = rows_by_version(db, begin, end)
     wanted = pick_version(version, versions, champion_of(root, environment))
     bundle = find_bundle(root, wanted, environment)
     raw = bundle.files.get("profile.json", b"{}")
     profile = Profile.from_json(raw) if raw.strip() != b"{}" else Profile(rows=0, columns=())
-    return Look(Path(root), place, db, begin, end, parts, environment, wanted, versions, bundle, profile, bundle.reference)
+    return Look(Path(root), place, db, begin, end, parts, environment, wanted, versions, bundle, profile, bundle.reference, problems)

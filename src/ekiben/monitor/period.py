@@ -61,7 +61,7 @@ def period(since: str = "24h", until: str = "", now: datetime | None = None) -> 
 # %% ../../../nbs/library/monitor/period.ipynb #2d37ca4f
 def edges_of(begin: datetime, end: datetime, parts: int) -> np.ndarray:
     """Return the ``parts + 1`` rising edges of equally long parts [µs since 1970]."""
-    first, last = (int(round(t.timestamp() * 1e6)) for t in (begin, end))
+    first, last = (round(t.timestamp() * 1e6) for t in (begin, end))
     return np.linspace(first, last, max(1, parts) + 1).round().astype(np.int64)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from .counting import Counts
 from .records import DriftSeen, Part, Quality, Traffic
-from ..palette import ACCENT, BAD, FAINT, MUTED, WARN, new_picture, short
+from ..palette import ACCENT, BAD, FAINT, MUTED, WARN, new_picture
 from ..profile import ColumnProfile, Profile
 from ..records import Measure
 
@@ -111,7 +111,8 @@ def draw_quality(quality: Quality, names: Sequence[str], limits: dict[str, float
         estimated = _over_time(quality.estimated_parts, name)
         if estimated:
             ax.plot([at for at, _ in estimated], [m.value for _, m in estimated], linestyle=(0, (4, 2)), color=WARN, linewidth=1.4)
-            _name_line(ax, [at for at, _ in estimated], [m.value for _, m in estimated], "expected", WARN)
+            ax.annotate("expected without labels", (estimated[0][0], estimated[0][1].value), xytext=(0, 5), textcoords="offset points",
+                        fontsize=7.5, color=WARN)  # fmt: skip
         told = _over_time(quality.parts, name)
         for at, m in told:
             ax.plot([at, at], [np.nan if m.low is None else m.low, np.nan if m.high is None else m.high], color=ACCENT, alpha=0.4, linewidth=2.2)
@@ -149,8 +150,7 @@ def draw_drift(drifts: Sequence[DriftSeen], since: str, until: str, *, most: int
     table = np.array([[np.nan if v is None else v for v in d.parts] for d in shown], dtype=float)
     figure, ax = new_picture(7.2, 0.9 + 0.24 * len(shown))
     first, last = (date2num(datetime.fromisoformat(text)) for text in (since, until))
-    tint = LinearSegmentedColormap.from_list("drift", ["#f3f4f8", "#f2cf9c", WARN, BAD, "#7c2410"])
-    tint.set_bad("white")
+    tint = LinearSegmentedColormap.from_list("drift", ["#f3f4f8", "#f2cf9c", WARN, BAD, "#7c2410"]).with_extremes(bad="white")
     image = ax.imshow(np.sqrt(table), aspect="auto", cmap=tint, vmin=0, vmax=1.0, extent=(first, last, len(shown) - 0.5, -0.5), interpolation="none")
     ax.set_yticks(range(len(shown)), [_shortened(d.column) for d in shown])
     for label, d in zip(ax.get_yticklabels(), shown, strict=True):
@@ -229,8 +229,11 @@ def _draw_column(ax: Axes, column: ColumnProfile, counts: np.ndarray) -> None:
 
 def _draw_steps(ax: Axes, column: ColumnProfile, before: np.ndarray, now: np.ndarray) -> None:
     cuts = np.array(column.cuts)
-    # Bins of equally many rows have very unequal widths; a picture of densities would be all spikes: equal-width cells instead.
-    cells = np.linspace(cuts[0], cuts[-1], 25)
+    # Bins of equally many rows have very unequal widths, and densities would be all spikes: cells of equal width instead,
+    # over what most rows lie in, so that a long tail does not take the whole picture.
+    middle, low, high = cuts[len(cuts) // 2], cuts[1], cuts[-2]
+    ends = max(cuts[0], low - 1.5 * (middle - low)), min(cuts[-1], high + 1.5 * (high - middle))
+    cells = np.linspace(*(ends if ends[1] > ends[0] else (cuts[0], cuts[-1])), 25)
     for shares, shade, alpha in ((before, MUTED, 0.35), (now, ACCENT, 0.0)):
         cumulated = np.concatenate([[0.0], np.cumsum(shares[1 : len(cuts)])])
         heights = np.diff(np.interp(cells, cuts, cumulated))
@@ -244,4 +247,4 @@ def _draw_steps(ax: Axes, column: ColumnProfile, before: np.ndarray, now: np.nda
     if column.kind == "date":
         ax.xaxis.set_major_formatter(lambda v, _: str(np.datetime64(int(v), "s").astype("datetime64[D]")))
     else:
-        ax.xaxis.set_major_formatter(lambda v, _: short(v))
+        ax.xaxis.set_major_formatter(lambda v, _: f"{v:,.6g}")

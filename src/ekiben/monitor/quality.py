@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -71,7 +72,7 @@ def measure_parts(
 def estimate_parts(answers: Answers, calibration: Calibration | None, edges: np.ndarray, *, confidence: float = 0.95, seed: int = 0) -> list[Part]:
     """Estimate the figures of each part of the window without labels, between the `edges` (parts + 1,) [µs since 1970]."""
     out = []
-    for first, last in zip(edges[:-1], edges[1:], strict=True):
+    for first, last in pairwise(edges):
         own = answers.where((answers.time >= first) & (answers.time < last))
         if len(own) >= LEAST:
             found = estimate_quality(own.prediction, own.decision, own.task, calibration, confidence=confidence, seed=seed, replicates=100)

@@ -129,7 +129,7 @@ def update(
         first = known.first if known and is_known else now.isoformat(timespec="seconds")
         standing[alert.id] = Standing(
             alert=seen, environment=environment, version=version, first=first, last=now.isoformat(timespec="seconds"),
-            told=known.told if known and is_known else {},
+            told=known.told if known else {},  # who has not heard that it was over need not hear that it is back
         )  # fmt: skip
         out.append(seen)
     for key, known in list(standing.items()):

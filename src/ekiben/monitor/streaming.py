@@ -165,7 +165,7 @@ def stream(connection: duckdb.DuckDBPyConnection, query: str, *, batch: int = BA
     """Yield the rows of a query as Arrow batches."""
     relation: Any = connection.cursor().sql(query)
     if relation is not None:
-        yield from (relation.to_arrow_reader if hasattr(relation, "to_arrow_reader") else relation.fetch_arrow_reader)(batch)
+        yield from (relation.to_arrow_reader if hasattr(relation, "to_arrow_reader") else relation.fetch_record_batch)(batch)
 
 # %% ../../../nbs/library/monitor/streaming.ipynb #dc7e98bc
 def stream_labelled(

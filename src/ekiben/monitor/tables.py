@@ -8,42 +8,56 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import pandas as pd
 from msgspec.structs import replace
 
 from .answers import Answers
-from .concept import ResidualDrift, Shift
 from .look import Look
 from .pictures import words
-from .records import Alert, DriftSeen, Fairness, InputQuality, MonitorReport, Traffic
+from .records import Alert, DriftSeen, Fairness, InputQuality, MonitorReport, Quality, Traffic
 from ..palette import short
 from ..records import Judgement, Measure
+from ..reports import _badge, _table
 
 if TYPE_CHECKING:
+    from IPython.display import HTML
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['ends', 'look_line', 'traffic_line', 'first_of', 'drift_table', 'input_table', 'quality_table', 'concept_table',
-           'fairness_table', 'named_estimated', 'with_alerts', 'alert_cards', 'show_all']
+__all__ = ['page', 'sentence', 'ends', 'look_line', 'traffic_line', 'first_of', 'drift_table', 'input_table', 'quality_table',
+           'concept_table', 'fairness_table', 'named_estimated', 'alert_cards', 'show_all']
 
-# %% ../../../nbs/library/monitor/tables.ipynb #1c004217
+# %% ../../../nbs/library/monitor/tables.ipynb #277fc33a
+def page(text: str) -> HTML:
+    """Return HTML that shows itself as a cell's last value."""
+    from IPython.display import HTML
+
+    return HTML(text)
+
+
+def sentence(text: str) -> HTML:
+    """Return a paragraph; what stands in backticks is set as code."""
+    parts = [f"<code>{html.escape(p)}</code>" if i % 2 else html.escape(p) for i, p in enumerate(text.split("`"))]
+    return page(f"<p>{''.join(parts)}</p>")
+
+
 def ends(look: Look) -> tuple[str, str]:
     """Return both ends of a look's window, ISO 8601."""
     return look.begin.isoformat(timespec="seconds"), look.end.isoformat(timespec="seconds")
 
 
-def look_line(look: Look) -> Any:
-    """Say which model was looked at, and when."""
-    from IPython.display import Markdown
+def _minute(text: str) -> str:
+    return text[:16].replace("T", " ")
 
-    since, until = (text[:16].replace("T", " ") for text in ends(look))
-    others = ", ".join(f"version {v or '(none)'} {n:,}" for v, n in look.versions.items() if v != look.version)
-    beside = f" Beside it answered {others} rows." if others else ""
-    return Markdown(
-        f"**{look.bundle.info.name} version {look.version or '(none)'}** in {look.environment}, {since} to {until} UTC: **{look.rows:,} rows**.{beside}"
-    )
+
+def look_line(look: Look) -> HTML:
+    """Say which model was looked at, and when."""
+    since, until = map(_minute, ends(look))
+    others = ", ".join(f"version {html.escape(v) or '(none)'} {n:,}" for v, n in look.versions.items() if v != look.version)
+    beside = f" Beside it answered {others}." if others else ""
+    who = f"{html.escape(look.bundle.info.name)} version {html.escape(look.version) or '(none)'}"
+    return page(f"<p><b>{who}</b> in {html.escape(look.environment)}, {since} to {until} UTC: <b>{look.rows:,} rows</b>.{beside}</p>")
 
 
 def traffic_line(traffic: Traffic) -> str:
@@ -61,88 +75,87 @@ def first_of(answers: Answers, begin: datetime) -> datetime:
     """Return when the oldest of these rows was answered, or the window's beginning when that is earlier."""
     return min(begin, datetime.fromtimestamp(int(answers.time.min()) / 1e6, UTC)) if len(answers) else begin
 
-# %% ../../../nbs/library/monitor/tables.ipynb #5f8d4836
-def drift_table(drifts: Sequence[DriftSeen], most: int = 12) -> pd.DataFrame:
+# %% ../../../nbs/library/monitor/tables.ipynb #bd35acc6
+def drift_table(drifts: Sequence[DriftSeen], most: int = 12) -> HTML:
     """Lay out what drifts, and as many others as there is room for."""
-    shown = [d for d in drifts if d.is_drifting] + [d for d in drifts if not d.is_drifting][: max(0, most - sum(d.is_drifting for d in drifts))]
-    return pd.DataFrame(
-        {
-            "column": [d.column for d in shown],
-            "verdict": ["moved" if d.is_drifting else "as in training" for d in shown],
-            "since": [d.since[:16].replace("T", " ") for d in shown],
-            "index": [short(d.psi) for d in shown],
-            "chance": ["< 0.0001" if d.p_value < 1e-4 else f"{d.p_value:.4f}" for d in shown],
-            "what": [d.says if d.is_drifting else "" for d in shown],
-        }
-    ).set_index("column")
+    moved = [d for d in drifts if d.is_drifting]
+    shown = moved + [d for d in drifts if not d.is_drifting][: max(0, most - len(moved))]
+    rows = [
+        [
+            html.escape(d.column), _badge("moved", "fail") if d.is_drifting else '<span class="muted">as before</span>', _minute(d.since),
+            short(d.psi), "< 0.0001" if d.p_value < 1e-4 else f"{d.p_value:.4f}", html.escape(d.says).replace("`", "") if d.is_drifting else "",
+        ]
+        for d in shown
+    ]  # fmt: skip
+    left_out = len(drifts) - len(shown)
+    more = f'<p class="muted">{left_out} more columns are as before.</p>' if left_out else ""
+    return page(_table(["column", "", "since", "index", "chance", "what"], rows, frozenset({3, 4})) + more)
 
 
-def input_table(inputs: Sequence[InputQuality], most: int = 12) -> pd.DataFrame:
+def input_table(inputs: Sequence[InputQuality], most: int = 12) -> HTML:
     """Lay out how usable inputs were."""
-    shown = inputs[:most]
-    return pd.DataFrame(
-        {
-            "column": [i.column for i in shown],
-            "missing": [f"{i.missing:.1%}" for i in shown],
-            "in training": [f"{i.reference_missing:.1%}" for i in shown],
-            "never seen": [f"{i.unseen:.1%}" for i in shown],
-            "out of range": [f"{i.out_of_range:.1%}" for i in shown],
-        }
-    ).set_index("column")
+    rows = [
+        [html.escape(i.column), *(f"{v:.1%}" for v in (i.missing, i.reference_missing, i.unseen, i.out_of_range))] for i in inputs[:most]
+    ]
+    return page(_table(["column", "missing", "in training", "never seen", "out of range"], rows, frozenset({1, 2, 3, 4})))
 
 
-def quality_table(measures: Sequence[Measure], expected: Sequence[Measure], reference: Sequence[Measure]) -> pd.DataFrame:
+def quality_table(measures: Sequence[Measure], expected: Sequence[Measure], reference: Sequence[Measure]) -> HTML:
     """Lay out realised, expected and reference figures beside each other."""
-    tables = {
-        "told": {m.name: m for m in measures}, "expected, no labels": {m.name: m for m in expected},
-        "at packaging": {m.name: m for m in reference},
-    }  # fmt: skip
-    names = [n for n in dict.fromkeys([*tables["told"], *tables["expected, no labels"]]) if n not in ("selection_rate", "true_positive_rate")]
-    return pd.DataFrame(
-        {"figure": [words(n) for n in names], **{head: [_with_interval(table.get(n)) for n in names] for head, table in tables.items()}}
-    ).set_index("figure")
+    told = [{m.name: m for m in some} for some in (measures, expected, reference)]
+    names = [n for n in dict.fromkeys([*told[0], *told[1]]) if n not in ("selection_rate", "true_positive_rate")]
+    if not names:
+        return sentence("Neither is there a label, nor can quality be estimated without one.")
+    rows = [[words(n), *(_with_interval(table.get(n)) for table in told)] for n in names]
+    return page(_table(["figure", "told", "expected without labels", "at packaging"], rows, frozenset({1, 2, 3})))
 
 
 def _with_interval(m: Measure | None) -> str:
     if m is None:
         return ""
-    return short(m.value) + (f" ({short(m.low)} to {short(m.high)})" if m.low is not None and m.high is not None else "")
+    known = m.low is not None and m.high is not None
+    return short(m.value) + (f' <span class="muted">{short(m.low or 0.0)} to {short(m.high or 0.0)}</span>' if known else "")
 
 
-def concept_table(shifts: Sequence[Shift], residuals: Sequence[ResidualDrift], most: int = 8) -> Any:
+def concept_table(quality: Quality, most: int = 8) -> HTML:
     """Lay out how loss and residuals moved; a sentence where there are no labels to tell."""
-    from IPython.display import Markdown
+    if not quality.shifts and not quality.concept:
+        return sentence("No label was told, or the bundle holds no reference: this cannot be seen.")
 
-    if not shifts and not residuals:
-        return Markdown("No label was told, or the bundle has no reference: this cannot be seen.")
+    def row(name: str, is_moved: bool, chance: str, says: str) -> list[str]:
+        return [html.escape(name), _badge("moved", "fail") if is_moved else '<span class="muted">as before</span>', chance, html.escape(says).replace("`", "")]
+
     rows = [
-        {"what": f"mean {s.figure}", "verdict": "moved" if s.is_drifting else "as at packaging", "chance": f"{s.p_value:.4f}",
-         "": f"{short(s.now)}, {short(s.before)} before ({s.rows:,} rows)"}
-        for s in shifts
-    ]  # fmt: skip
+        row(f"mean {s['figure']}", s["is_drifting"], _chance(s["p_value"]), f"{short(s['now'])}, {short(s['before'])} before ({s['rows']:,} rows)")
+        for s in quality.shifts
+    ]
+    if quality.sequential:
+        test = quality.sequential
+        since = f" Since {_minute(test['since'])}." if test["since"] else ""
+        rows.append(row("loss, at any time", test["is_drifting"], f"≤ {test['alpha']:g}", f"{test['says']}{since}" if test["says"] else f"{test['rows']:,} rows so far"))
     rows += [
-        {"what": f"residual along {r.column}", "verdict": "moved" if r.is_drifting else "as at packaging", "chance": f"{r.p_value:.4f}",
-         "": r.says if r.is_drifting else ""}
-        for r in residuals[:most]
-    ]  # fmt: skip
-    return pd.DataFrame(rows).set_index("what")
+        row(f"residual along {r['column']}", r["is_drifting"], _chance(r["p_value"]), r["says"] if r["is_drifting"] else "")
+        for r in quality.concept[:most]
+    ]
+    return page(_table(["what", "", "chance", ""], rows, frozenset({2})))
 
 
-def fairness_table(fairness: Sequence[Fairness]) -> pd.DataFrame:
+def _chance(p: float) -> str:
+    return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
+
+
+def fairness_table(fairness: Sequence[Fairness]) -> HTML:
     """Lay out the gaps between groups, with the verdict of the lines that are declared."""
-    rows = []
+    rows, notes = [], []
     for fair in fairness:
         judged = {j.metric: j for j in fair.judgements}
         for m in fair.gaps:
             j = judged.get(m.name)
-            rows.append(
-                {
-                    "gap": f"{words(m.name)} [{fair.column}]", "value": _with_interval(m), "rows": f"{m.rows:,}",
-                    "verdict": f"{j.verdict}: {j.op} {j.limit:g}" if j else "", "known": f"{fair.matched:.0%} of rows",
-                    "withheld": f"{fair.withheld:,} rows" if fair.withheld else "",
-                }
-            )  # fmt: skip
-    return pd.DataFrame(rows, columns=["gap", "value", "rows", "verdict", "known", "withheld"]).set_index("gap")
+            verdict = f"{_badge(j.verdict, j.verdict)} {html.escape(j.op)} {j.limit:g}" if j else ""
+            rows.append([f"{words(m.name)} [{html.escape(fair.column)}]", _with_interval(m), f"{m.rows:,}", verdict])
+        said = f"{html.escape(fair.column)}: known of {fair.matched:.0%} of the rows"
+        notes.append(said + (f", {fair.withheld:,} of them withheld, in groups too small" if fair.withheld else ""))
+    return page(_table(["gap", "value", "rows", "declared"], rows, frozenset({1, 2})) + f'<p class="muted">{"; ".join(notes)}.</p>')
 
 # %% ../../../nbs/library/monitor/tables.ipynb #0fe0fb21
 def named_estimated(judgements: Iterable[Judgement]) -> list[Judgement]:
@@ -150,28 +163,18 @@ def named_estimated(judgements: Iterable[Judgement]) -> list[Judgement]:
     return [replace(j, name=f"estimated {j.name}") for j in judgements]
 
 
-def with_alerts(report: MonitorReport, alerts: list[Alert]) -> MonitorReport:
-    """Return the report with its alerts."""
-    return replace(report, alerts=alerts)
-
-
-def alert_cards(report: MonitorReport) -> Any:
+def alert_cards(report: MonitorReport) -> HTML:
     """Show every alert as a card: what moved, since when, which rows show it, what to do."""
-    from IPython.display import HTML
-
     notes = "".join(f'<p class="muted">{html.escape(note[0].upper() + note[1:])}.</p>' for note in report.notes)
-    if not report.alerts:
-        return HTML(f'<p><span class="badge pass">quiet</span> Nothing moved beyond chance.</p>{notes}')
-    return HTML("".join(map(_card, report.alerts)) + notes)
+    quiet = f"<p>{_badge('quiet', 'pass')} Nothing moved beyond chance.</p>"
+    return page(("".join(map(_card, report.alerts)) or quiet) + notes)
 
 
 def _card(alert: Alert) -> str:
-    since = f' <span class="muted">since {html.escape(alert.since[:16].replace("T", " "))}</span>' if alert.since else ""
+    since = f' <span class="muted">since {html.escape(_minute(alert.since))}</span>' if alert.since else ""
     rows = f"<details><summary>which rows</summary><pre>{html.escape(alert.rows)}</pre></details>" if alert.rows else ""
-    return (
-        f'<div class="failure"><p><span class="badge fail">{alert.kind}</span> <b>{html.escape(alert.says)}</b>{since}</p>'
-        f"<p>{html.escape(alert.advice).replace('`', '')}</p>{rows}</div>"
-    )
+    said, advice = (html.escape(text).replace("`", "") for text in (alert.says, alert.advice))
+    return f'<div class="failure"><p>{_badge(alert.kind, "fail")} <b>{said}</b>{since}</p><p>{advice}</p>{rows}</div>'
 
 
 def show_all(figures: Iterable[Figure]) -> None:

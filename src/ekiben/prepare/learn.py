@@ -16,7 +16,7 @@ from ..data.checks import check_columns, check_duplicates, check_leaks
 from ..data.split import assign_folds, fold_pairs, split_method, split_rows
 from ..data.table import DataWarning, target_of
 from ..encoding import Fit, Preprocessor, Transformer, fit_preprocessor
-from ..errors import DataError, IntegrityError
+from ..errors import DataError
 from .clean import CleanRows, find_oddities
 from ..profile import Profile, profile_of
 from ..records import Schema

@@ -47,6 +47,7 @@ summary{cursor:pointer;font-size:.9rem;font-weight:600}
 table{border-collapse:collapse;width:100%;font-size:.87rem}
 caption{text-align:left;color:var(--muted);padding-bottom:.4rem}
 th{text-align:left;font-weight:500;padding:.2rem .5rem .2rem 0;overflow-wrap:anywhere}
+label+select+div{margin-top:.8rem}
 thead th{color:var(--muted);font-size:.8rem}
 td{padding:.2rem 0}
 td.number{text-align:right;font-variant-numeric:tabular-nums;width:4.7rem;white-space:nowrap}
@@ -83,7 +84,7 @@ function valueOf(field, i) {
 }
 function row() { return Object.fromEntries(facts.fields.map((field, i) => [field.name, valueOf(field, i)])); }
 function fill(values) {
-  facts.fields.forEach((field, i) => { const v = values[field.name]; control(i).value = v === null ? "" : String(v); });
+  facts.fields.forEach((field, i) => { const v = values[field.name]; control(i).value = v === null ? "" : field.kind === "date" ? String(v).replace(/T00:00:00$/, "") : String(v); });
 }
 function clearErrors() {
   problem.hidden = true;
@@ -108,7 +109,8 @@ function refuse(said) {
 async function ask(route, body) {
   const headers = {"content-type": "application/json"};
   if (key.value.trim()) headers.authorization = "Bearer " + key.value.trim();
-  const response = await fetch(route, {method: "POST", headers, body, cache: "no-store", redirect: "error"});
+  const credentials = headers.authorization ? "omit" : "same-origin";  // a wrong key is said here, not asked for by the browser
+  const response = await fetch(route, {method: "POST", headers, body, credentials, cache: "no-store", redirect: "error"});
   const said = await response.json().catch(() => ({status: response.status, detail: "the service answered " + response.status}));
   if (!response.ok) throw {status: response.status, detail: "the service answered " + response.status, ...said};
   return said;

@@ -41,9 +41,10 @@ def write_field(check: Check, i: int, value: Any) -> str:
     elif check.levels:
         control = _choice(shared, field.categories, _text(value), check.takes_null)
     else:
+        text = _text(value).removesuffix("T00:00:00") if field.kind == "date" else _text(value)
         mode = ' inputmode="decimal"' if field.kind == "number" else ""
         known = f' list="l{i}"' if field.kind == "category" and field.categories else ""
-        control = f'<input {shared} type="text" autocomplete="off" spellcheck="false"{mode}{known} value="{escape(_text(value))}">'
+        control = f'<input {shared} type="text" autocomplete="off" spellcheck="false"{mode}{known} value="{escape(text)}">'
         if known:
             control += f'<datalist id="l{i}">' + "".join(f'<option value="{escape(c)}">' for c in field.categories[:500]) + "</datalist>"
     return (

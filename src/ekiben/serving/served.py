@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from ..errors import EkibenError
+from ..files import write_whole
 from ..records import Record
 from .signing import verify_folder
 from .trust import Trust, trusted_keys
@@ -39,6 +40,10 @@ class Served(Record, frozen=True):
     def path(cls, root: Path) -> Path:
         """Return the file in a project."""
         return Path(root) / ".ekiben" / "served.json"
+
+    def write(self, root: Path) -> None:
+        """Keep it in a project."""
+        write_whole(self.path(root), self.to_json())
 
 # %% ../../../nbs/library/serving/served.ipynb #4928a0d8
 def bento_folder(tag: str) -> Path:
