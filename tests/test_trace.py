@@ -309,7 +309,7 @@ def test_a_damaged_file_of_its_day_is_said(project, capsys):
     path = next((project.journal / "sealed" / "predictions").rglob("*.parquet"))
     path.write_bytes(path.read_bytes()[:-40])
     code, said = printed(capsys, "trace", id_, "--project", project.root)
-    assert code == 1 and "damaged" in said or "could not be searched" in said
+    assert code == 1 and ("damaged" in said or "could not be searched" in said)
 
 
 def test_the_time_of_an_id_is_read_from_it():
