@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ekiben.serving import hosting as hosting_module
+from ekiben.serving import leaving as leaving_module
 from ekiben.serving import logbook as logbook_module
 from ekiben.serving.app import ServiceApp
 from ekiben.serving.bundle import load_bundle, stamp_bundle
@@ -116,7 +117,7 @@ class Place:
 @pytest.fixture
 def place(tmp_path, signed, signer, monkeypatch):
     monkeypatch.setattr(hosting_module, "RETRY_S", 0.3)
-    monkeypatch.setattr(hosting_module, "GRACE_S", 0.3)
+    monkeypatch.setattr(leaving_module, "GRACE_S", 0.3)
     made = Place(tmp_path, signed, signer)
     yield made
     for state in made.states:
@@ -554,6 +555,14 @@ def test_a_step_of_the_same_two_goes_on_counting_and_another_challenger_begins_a
     place.deploy("3", "5", share=0.5)
     until(state, 3)
     assert state.hosting.status().arms["5"].requests == 0
+
+
+def test_a_service_that_nobody_asks_says_that_it_runs(place, monkeypatch):
+    monkeypatch.setattr(hosting_module, "ALIVE_S", 0.2)
+    place.deploy("3")
+    place.open()
+    first = read_status(place.folder).at
+    wait(lambda: read_status(place.folder).at > first)
 
 
 # ---- feedback

@@ -21,7 +21,7 @@ from .trust import Trust
 # %% auto #0
 __all__ = ['Hosted', 'load_hosted', 'load_arm', 'same_question']
 
-# %% ../../../nbs/library/serving/hosted.ipynb #03671619
+# %% ../../../nbs/library/serving/hosted.ipynb #60761bf5
 class Hosted:
     """A bundle in a process.
 
@@ -37,6 +37,10 @@ class Hosted:
 
     Attributes
     ----------
+    is_loaded : bool
+        Whether it can answer.
+    scorer : Scorer
+        What answers.
     journal : Journal
         Nothing is kept before `keep`.
     count : ArmCount
@@ -46,7 +50,8 @@ class Hosted:
     """
 
     def __init__(self, scorer: Scorer | None = None, *, tested: int = 0, bento: str = "", role: str = "champion") -> None:
-        self._scorer, self.tested, self.role = scorer, tested, role
+        self.is_loaded, self.tested, self.role = scorer is not None, tested, role
+        self.scorer: Scorer = scorer  # type: ignore[assignment]
         self.journal, self.count = Journal(None), ArmCount()
         self.model: dict[str, str] = {}
         if scorer is not None:
@@ -54,17 +59,6 @@ class Hosted:
 
     def __repr__(self) -> str:
         return f"Hosted({self.role} {self.version or '?'})" if self.is_loaded else "Hosted()"
-
-    @property
-    def is_loaded(self) -> bool:
-        """Whether it can answer."""
-        return self._scorer is not None
-
-    @property
-    def scorer(self) -> Scorer:
-        """What answers."""
-        assert self._scorer is not None
-        return self._scorer
 
     @property
     def version(self) -> str:
