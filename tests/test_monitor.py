@@ -241,6 +241,23 @@ def test_versions_are_counted_apart_and_shadow_answers_not_at_all(served: Callab
         run_cells(project.root, version="9")
 
 
+def test_the_bundle_is_found_in_its_bento_when_nothing_is_deployed(
+    served: Callable[..., Served], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from ekiben.monitor.model import find_bundle
+    from ekiben.serving.served import Served as Packaged
+
+    project = served()
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
+    older = tmp_path / "bentoml/bentos/loans/old/src/bundle"
+    shutil.move(project.root / ".ekiben/deployments/production/bundles/made", older)
+    shutil.rmtree(project.root / ".ekiben/deployments")
+    Packaged.path(project.root).write_bytes(Packaged(bento="loans:new", name="loans", version="4", digest="").to_json())
+    assert find_bundle(project.root, "3").digest == project.bundle.digest, "an older Bento of the same name has it"
+    with pytest.raises(UsageError, match="no bundle of version `4`"):
+        find_bundle(project.root, "4")
+
+
 def test_a_declared_limit_that_is_missed_alerts(served: Callable[..., Served]) -> None:
     project = served(gates="[gates]\ngates =\n    auc >= 0.95\n")
     rows = people(1500, 21)
@@ -286,7 +303,7 @@ def test_an_encrypted_journal_is_read_and_its_rows_are_one_line_of_python_away(s
         exec(alert.rows, {})
     finally:
         os.chdir(before)
-    assert "age" in capsys.readouterr().out
+    assert "20 rows" in capsys.readouterr().out
 
 
 def test_a_silent_service_alerts_where_rows_are_expected_and_a_damaged_part_is_said(served: Callable[..., Served]) -> None:
