@@ -126,7 +126,7 @@ def predict_validation(layout: Layout, run: Run, package: str) -> tuple[Task, np
         When a result is gone.
     """
     from ekiben.data.table import target_of
-    from ekiben.serving.code import collect_code, load_code
+    from ekiben.portable import collect_code, load_code
 
     store = Store(layout.objects)
     prepared, tuned = (result_in(layout, run.run_id, step) for step in ("prepare", "tune"))
