@@ -179,7 +179,7 @@ def compare_candidates(
         done.append(replace(candidate, value=found.champion, metric=found.metric, behind=behind, chosen=candidate.name == best))
     return done
 
-# %% ../../../nbs/library/retrain/candidates.ipynb #042dae55
+# %% ../../../nbs/library/retrain/candidates.ipynb #0e6d6ba7
 def say_choice(candidates: Sequence[Candidate], table: Table) -> list[str]:
     """Return in words which candidate was taken, and why."""
     chosen = next((c for c in candidates if c.chosen), None)
@@ -197,9 +197,9 @@ def say_choice(candidates: Sequence[Candidate], table: Table) -> list[str]:
                 f"{chosen.name} ({chosen.trained:,} rows, {chosen.metric} {chosen.value:.4f}) instead of {other.name} ({other.trained:,} rows, "
                 f"{other.value:.4f}): {sure}, by {other.behind['gain']:+.4f} ({low:+.4f} … {high:+.4f}) on {n:,} validation rows"
             )
-    other = next((c for c in candidates if c.behind and c.name in (ALL.name, RECENT.name)), None)
-    if other is not None and chosen.mode == "full":
-        is_sure, since = other.behind["low"] > 0, f" (recent: {table.since_why})" if table.since_why else ""
+    rival = next((c for c in candidates if c.behind and c.name in (ALL.name, RECENT.name)), None)
+    if rival is not None and chosen.mode == "full":
+        is_sure, since = rival.behind["low"] > 0, f" (recent: {table.since_why})" if table.since_why else ""
         if chosen.name == RECENT.name:
             words.append(f"older rows {'hurt' if is_sure else 'seem to hurt'}: with them the model does worse on the latest ones{since}")
         else:
