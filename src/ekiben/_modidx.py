@@ -2796,6 +2796,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                              'ekiben/retrain/run.py'),
                                     'ekiben.retrain.run._mark': ('library/retrain/run.html#_mark', 'ekiben/retrain/run.py'),
                                     'ekiben.retrain.run._restricted': ('library/retrain/run.html#_restricted', 'ekiben/retrain/run.py'),
+                                    'ekiben.retrain.run._warm': ('library/retrain/run.html#_warm', 'ekiben/retrain/run.py'),
                                     'ekiben.retrain.run.retrain': ('library/retrain/run.html#retrain', 'ekiben/retrain/run.py')},
             'ekiben.retrain.table': { 'ekiben.retrain.table._as_staged': ( 'library/retrain/table.html#_as_staged',
                                                                            'ekiben/retrain/table.py'),
