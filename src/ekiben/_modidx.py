@@ -3037,6 +3037,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'ekiben.rollout.view._Lines.__init__': ( 'library/rollout/view.html#_lines.__init__',
                                                                               'ekiben/rollout/view.py'),
                                      'ekiben.rollout.view._Lines.take': ('library/rollout/view.html#_lines.take', 'ekiben/rollout/view.py'),
+                                     'ekiben.rollout.view._began': ('library/rollout/view.html#_began', 'ekiben/rollout/view.py'),
                                      'ekiben.rollout.view._said': ('library/rollout/view.html#_said', 'ekiben/rollout/view.py'),
                                      'ekiben.rollout.view._table': ('library/rollout/view.html#_table', 'ekiben/rollout/view.py'),
                                      'ekiben.rollout.view._to': ('library/rollout/view.html#_to', 'ekiben/rollout/view.py'),
