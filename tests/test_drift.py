@@ -21,7 +21,7 @@ from ekiben.monitor.onset import onset
 from ekiben.monitor.twosample import distance_of, level_test, shape_test, share_p_values, shift_test
 from ekiben.profile import ColumnProfile, Profile, profile_column, profile_of
 from ekiben.records import Field, Schema
-from ekiben.reference import Reference, bin_places, reference_of
+from ekiben.reference import Reference, reference_of
 
 HISTOGRAMS = st.integers(2, 30).flatmap(
     lambda k: st.tuples(*[st.lists(st.integers(0, 500), min_size=k, max_size=k).map(np.array) for _ in range(2)])
@@ -306,7 +306,7 @@ def test_texts_are_counted_as_the_profile_counts_them(values: list[str | None]) 
     expected = column.count(array).tolist()
     for given_as in (array, pa.array(values, pa.string()), pa.array(values, pa.string()).dictionary_encode()):
         assert np.bincount(binner.place(given_as).bins, minlength=binner.size).tolist() == expected
-    assert np.bincount(bin_places(column, array), minlength=binner.size).tolist() == expected
+    assert np.bincount(column.place(array), minlength=binner.size).tolist() == expected
 
 
 @settings(deadline=None, max_examples=50)
@@ -316,7 +316,7 @@ def test_numbers_are_counted_as_the_profile_counts_them(values: list[float], bin
     column = profile_column("x", array[::2], "number", bins=bins)
     binner = Binner(column)
     assert np.bincount(binner.place(array).bins, minlength=binner.size).tolist() == column.count(array).tolist()
-    assert np.bincount(bin_places(column, array), minlength=binner.size).tolist() == column.count(array).tolist()
+    assert np.bincount(column.place(array), minlength=binner.size).tolist() == column.count(array).tolist()
 
 
 def test_blocks_add_up_and_means_are_kept(worlds) -> None:

@@ -653,7 +653,7 @@ def replace_security(mail: Mail) -> Mail:
 def test_a_place_that_fails_keeps_nobody_else_from_hearing_and_hears_it_next_time(
     served: Callable[..., Served], here: None, webhook: Any, mail_server: Any
 ) -> None:
-    url, got, statuses = webhook
+    url, got, _ = webhook
     monitor = (
         "webhook = HOOK\nalert_file = out/alerts.jsonl\nprometheus = prom\nemail_to = ops@example.org\nsmtp_host = 127.0.0.1\n"
         f"smtp_security = none\nsmtp_port = {mail_server.server_address[1]}\n"
@@ -691,7 +691,7 @@ def test_a_failed_notebook_is_a_failure_and_a_wrong_call_is_one(
     served: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = served()
-    with pytest.raises(UsageError, match="no journal in .ekiben/journal; `ekiben serve`") as caught:
+    with pytest.raises(UsageError, match=r"no journal in \.ekiben/journal; `ekiben serve`") as caught:
         running.look_at(project.root)
     assert "\n" not in str(caught.value) and not (project.root / "reports").exists()
     (project.root / ".ekiben/journal/segments").mkdir(parents=True)
@@ -761,8 +761,6 @@ def test_the_command_looks_while_a_service_writes_and_says_how_it_went(tmp_path:
     folder = project.root / "reports/monitor" / report.id
     page = (folder / "06_monitor.html").read_text()
     assert "What alerts" in page and "<img" in page and (folder / NOTEBOOK).is_file() and "UserWarning" not in page
-    quiet = subprocess.run([*program, "--since", "2020-01-01", "--until", "2020-02-01"], capture_output=True, text=True, check=False, env=env)
-    assert quiet.returncode == 0 and "quiet" in quiet.stdout, quiet.stderr
     wrong = subprocess.run([*program, "--version", "77"], capture_output=True, text=True, check=False, env=env)
     assert wrong.returncode == 2 and "version `77` answered no row" in wrong.stderr and wrong.stderr.count("\n") == 1
     assert not list((project.root / ".ekiben" / "runs").glob("monitor-*"))

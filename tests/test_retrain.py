@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -261,7 +262,7 @@ def test_parts_are_disjoint_and_whole_and_the_held_out_rows_are_the_latest(n: in
                 return
             found = db.execute("SELECT _part, min(_at), max(_at), count(*) FROM parted WHERE _from = 'journal' GROUP BY 1 ORDER BY 1").fetchall()
         assert sum(counts.values()) == n + old and set(counts) <= set(PARTS)
-        assert all(before[2] < after[1] for before, after in zip(found, found[1:], strict=False)), "every part is later than the one before"
+        assert all(before[2] < after[1] for before, after in pairwise(found)), "every part is later than the one before"
 
 
 def test_a_table_is_made_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -563,3 +564,124 @@ def test_stage_counts_what_it_leaves_out() -> None:
     batch = pa.RecordBatch.from_pydict({"age": ["1", "x", "3"], "paid": ["yes", "no", None], "_id": ["a", "b", "c"]})
     assert stage.make_alike(batch, "journal").num_rows == 1
     assert stage.counts == {"journal came": 3, "journal unreadable": 1, "journal untold": 1}
+
+
+# A whole project, whose world changes
+
+
+def ekiben(root: Path, *words: str, code: int = 0) -> str:
+    """Call the command line and check its exit code; return what it printed."""
+    done = subprocess.run([*EKIBEN, *words], cwd=root, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == code, f"{words} left {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def bundle_of(root: Path, version: str, place: Path) -> Any:
+    from ekiben.registry import Registry
+
+    registry = Registry(root, "sqlite:///mlflow.db", "credit")
+    found = next(v for v in registry.versions("credit") if v.version == version)
+    return registry.fetch(found, place / f"bundle-{version}")
+
+
+def aliases(root: Path) -> dict[str, str]:
+    from ekiben.registry import Registry
+
+    return {alias: v.version for v in Registry(root, "sqlite:///mlflow.db", "credit").versions("credit") for alias in v.aliases}
+
+
+def journal_truths(root: Path, rows: list[dict[str, Any]], place: Path) -> None:
+    """Journal rows as the champion's service does, each with its truth."""
+    from ekiben.serving.scorer import Scorer
+
+    bundle = bundle_of(root, aliases(root)["champion"], place)
+    names = [f.name for f in Scorer(bundle).request_schema.inputs]
+    kept = Journal(root / ".ekiben/journal", origin_of(bundle.schema, names, {"name": "credit", "version": bundle.info.lineage.version, "bento": ""}))
+    for at in range(0, len(rows), 25):
+        part = rows[at : at + 25]
+        ids = new_ids(len(part))
+        sent = [{k: v.isoformat() if isinstance(v, datetime) else v for k, v in r.items() if k not in ("default", "sex")} for r in part]
+        kept.predictions(ids, sent, [{"label": "no", "probability": 0.1}] * len(part))
+        for id_, row in zip(ids, part, strict=True):
+            kept.feedback(id_, row["default"])
+    kept.close()
+
+
+@pytest.fixture(scope="module")
+def credit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Return a project whose champion knows the old world only; the world has changed since."""
+    place = tmp_path_factory.mktemp("credit")
+    table = simulate_credit("simulated:credit?rows=5000&days=300&drift=concept&from_day=150&seed=3")
+    pq.write_table(table.slice(0, 2500), place / "old.parquet")
+    pq.write_table(table.slice(2500), place / "new.parquet")
+    words = "--data old.parquet --target default --positive yes --sensitive sex --time applied_on --id application_id"
+    ekiben(place, "new", "credit", *words.split())
+    root = place / "credit"
+    text = (root / "settings.ini").read_text()
+    (root / "settings.ini").write_text(text.replace("\n[tune]\n", "\n[tune]\ntrials = 6\nestimators = lightgbm\n").replace("\n[monitor]\n", "\n[monitor]\ngroups = ../people.parquet\n"))
+    people = table.select(["application_id", "sex"])
+    pq.write_table(people, place / "people.parquet")
+    ekiben(root, "run", "--quiet")
+    assert aliases(root) == {"champion": "1"}
+    yield root
+
+
+@pytest.mark.slow
+def test_a_broken_feed_is_rejected_and_nothing_of_it_is_registered(credit: Path) -> None:
+    broken = pq.read_table(credit.parent / "new.parquet").slice(0, 600)
+    income = pa.array([-v if v is not None and i % 2 else v for i, v in enumerate(broken["income"].to_pylist())], broken["income"].type)
+    pq.write_table(broken.set_column(broken.column_names.index("income"), "income", income), credit.parent / "bad.parquet")
+    said = ekiben(credit, "retrain", "--data", "../bad.parquet", "--mode", "full", "--rows", "all", code=3)
+    assert "rejected: nothing registered" in said and "the feed is broken" in said and "column `income` must be at least 0" in said
+    assert aliases(credit) == {"champion": "1"} and read_decisions(credit)[0].decision == "rejected"
+    assert ekiben(credit, "retrain", "--if-due").startswith("not due:")
+
+
+@pytest.mark.slow
+def test_after_a_change_of_the_world_a_killed_retraining_is_carried_on_and_its_challenger_is_better(credit: Path, tmp_path: Path) -> None:
+    from sklearn.metrics import roc_auc_score
+
+    from ekiben.retrain.candidates import predict_validation
+    from ekiben.serving.scorer import Scorer
+
+    rows = pq.read_table(credit.parent / "new.parquet").to_pylist()
+    journal_truths(credit, rows, tmp_path)
+    told = count_told(credit / ".ekiben/journal")
+    look = {"made": datetime.now(UTC).isoformat(), "alerts": [{"kind": "concept", "since": "2026-01-01T00:00:00+00:00", "says": "the loss rose"}]}
+    write_whole(credit / "reports/monitor/latest.json", json.dumps(look).encode())
+    before = {path.name: path.read_bytes() for path in (credit / ".ekiben/last").iterdir()}
+
+    known = {d.id for d in read_decisions(credit)}
+    first = subprocess.Popen([*EKIBEN, "retrain", "--if-due", "--quiet"], cwd=credit, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    runs = set((credit / "reports/runs").iterdir())
+    until = time.monotonic() + 120
+    while len({*(credit / "reports/runs").iterdir()} - runs) < 2 and time.monotonic() < until:
+        time.sleep(0.2)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    [unfinished] = [p.name for p in retrain_folder(credit).glob("*/") if p.name not in known]
+    assert aliases(credit) == {"champion": "1"} and count_told(credit / ".ekiben/journal") == told == len(rows)
+
+    done = Retrained.from_json(ekiben(credit, "retrain", "--if-due", "--json", "--quiet"))
+    assert done.id == unfinished and done.due == ["drift: the loss rose", "quality: the loss rose"]
+    assert done.decision == "promoted" and done.alias == "champion" and aliases(credit) == {"champion": done.version}
+    assert done.comparison["low"] > 0 and done.comparison["rows"] == done.table.rows["5-held"]
+    assert {c.name for c in done.candidates if c.value is not None} == {ALL.name, RECENT.name, CONTINUED.name}
+    assert any(j.metric == "demographic_parity_ratio" and j.value is not None for j in done.gates), "sex came from the restricted table"
+    assert {path.name: path.read_bytes() for path in (credit / ".ekiben/last").iterdir()} == before
+    assert not [p for p in retrain_folder(credit).rglob(".*") if p.name != ".ekiben"]
+    assert not ekiben(credit, "ledger", "verify").count("broken")
+
+    bundle, fresh = bundle_of(credit, done.version, tmp_path), tmp_path / "fresh.parquet"
+    pq.write_table(simulate_credit("simulated:credit?rows=8000&days=300&drift=concept&from_day=0&seed=11"), fresh)
+    overrides = {
+        "data.source": f".ekiben/retrain/{done.id}/rows/[34]*.parquet", "data.test": str(fresh), "data.split": "file", "data.on_invalid": "quarantine"
+    }  # fmt: skip
+    alone = Runner(credit, Plan(overrides=overrides, until="tune", apart=True), Screen(quiet=True)).execute()
+    assert alone.status == "done", alone.error
+    _, y, guess = predict_validation(Layout(credit), alone, "credit")
+    made = StepResult.from_json(Layout(credit).result(alone.run_id, "prepare").read_bytes())
+    test = Store(Layout(credit).objects).get(made.outputs["test"])
+    ours, theirs = roc_auc_score(y, Scorer(bundle).score_columns(test)[0]), roc_auc_score(y, guess)
+    print({c.name: c.value for c in done.candidates}, ours, theirs)
+    assert ours > theirs - 0.01, f"{ours:.4f} against {theirs:.4f} of a model that only knows the new world"

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from ekiben.columns import Columns
 from ekiben.errors import DataError, IntegrityError, UsageError
+from ekiben.monitor.counting import count_columns
 from ekiben.monitor.drift import compare_window
 from ekiben.monitor.labels import label_columns
 from ekiben.monitor.sequential import follow, radius, starts_for
@@ -259,6 +260,15 @@ def test_a_reference_is_read_back_and_its_sums_are_those_of_its_rows(task: str) 
     if task != "regression":  # there, residuals far out are cut off
         assert seen == pytest.approx(ref.residual.mean, abs=1e-5)
     assert np.average(ref.calibration.loss, weights=ref.calibration.rows) == pytest.approx(ref.loss.mean, abs=1e-5)
+
+
+def test_a_column_that_had_moved_when_the_model_was_evaluated_is_named_as_such(tmp_path: Path) -> None:
+    profile, ref = reference("binary")
+    ref = msgspec.structs.replace(ref, moved=("age",))
+    assert "`age` already differ" in ref._repr_markdown_() and Reference.from_json(ref.to_json()) == ref
+    c = draw(2_000, 3).with_columns(age=np.full(2_000, 90.0), job=("category", np.full(2_000, "smith", dtype=object)))
+    found = {d.column: d for d in compare_window(profile, count_columns(profile, c), reference=ref) if d.is_drifting}
+    assert found["age"].says.endswith("so it was in the held-out rows") and "held-out" not in found["job"].says
 
 
 def test_no_part_of_fewer_rows_than_twenty_is_told() -> None:

@@ -93,9 +93,24 @@ class ColumnProfile(Record, frozen=True, kw_only=True):
             found = Counter(values.tolist())
             own, gone = [found.get(level, 0) for level in self.levels], found.get(None, 0)
             return np.array([*own, len(values) - gone - sum(own), gone], dtype=np.int64)
+        return np.bincount(self.place(values), minlength=len(self.counts) + 1)
+
+    def place(self, values: np.ndarray) -> np.ndarray:
+        """Return which of the bins that ``count`` counts each value falls into, (n,) int64; missing ones into the last.
+
+        Parameters
+        ----------
+        values : (n,) array
+            Of the column's kind, as ``Columns`` holds it.
+        """
+        last = len(self.counts)
+        if self.kind in ("category", "text"):
+            place: dict[str | None, int] = {level: i for i, level in enumerate(self.levels)} | {None: last}
+            return np.fromiter((place.get(v, last - 1) for v in values.tolist()), np.int64, len(values))
         absent = is_absent(values)
-        place = np.searchsorted(self.cuts, _as_numbers(values[~absent]), side="right")
-        return np.append(np.bincount(place, minlength=len(self.counts)), absent.sum()).astype(np.int64)
+        found = np.full(len(values), last, dtype=np.int64)
+        found[~absent] = np.searchsorted(self.cuts, _as_numbers(values[~absent]), side="right")
+        return found
 
 
 def _as_numbers(values: np.ndarray) -> np.ndarray:

@@ -11,12 +11,12 @@ import numpy as np
 
 from .columns import Columns
 from .errors import DataError, did_you_mean
-from .profile import ColumnProfile, Profile
+from .profile import Profile
 from .records import Measure, Record, Schema, Task
 
 # %% auto #0
 __all__ = ['LEAST', 'said_of', 'residuals_of', 'losses_of', 'Moments', 'Calibration', 'BinSums', 'GroupSums', 'Reference',
-           'bin_places', 'calibration_of', 'sum_bins', 'reference_of']
+           'calibration_of', 'sum_bins', 'reference_of']
 
 # %% ../../nbs/library/reference.ipynb #b3e5b324
 def said_of(prediction: np.ndarray) -> np.ndarray:
@@ -145,6 +145,8 @@ class Reference(Record, frozen=True, kw_only=True):
     measures : tuple of Measure
         The quality that `evaluate` measured, with intervals.
     groups : tuple of GroupSums
+    moved : tuple of str
+        Columns in which these rows differed from the profile's already, as they may where the split goes by time.
     format : int
     """
 
@@ -159,6 +161,7 @@ class Reference(Record, frozen=True, kw_only=True):
     residuals: tuple[BinSums, ...] = ()
     measures: tuple[Measure, ...] = ()
     groups: tuple[GroupSums, ...] = ()
+    moved: tuple[str, ...] = ()
     format: int = 1
 
     def __getitem__(self, column: str) -> BinSums:
@@ -174,34 +177,21 @@ class Reference(Record, frozen=True, kw_only=True):
                 return sums
         raise DataError(f"no column `{column}` in the reference{did_you_mean(column, [s.column for s in self.residuals])}", column=column)
 
+    @property
+    def _already(self) -> list[str]:
+        names = ", ".join(f"`{name}`" for name in self.moved)
+        return ["", f"In these rows {names} already differ from training: later rows will, too."] if names else []
+
     def _repr_markdown_(self) -> str:
         name = "squared error" if self.task == "regression" else "Brier score"
         lines = [
             f"{self.rows:,} rows ({self.of}): mean {name} {self.loss.mean:.4g} ± {self.loss.std:.3g}, "
-            f"mean residual {self.residual.mean:+.3g}", "", "| said | rows | seen | loss |", "|---:|---:|---:|---:|",
+            f"mean residual {self.residual.mean:+.3g}", *self._already, "", "| said | rows | seen | loss |", "|---:|---:|---:|---:|",
         ]  # fmt: skip
         c = self.calibration
         return "\n".join(lines + [f"| {p:.3g} | {n:,} | {y:.3g} | {v:.3g} |" for p, n, y, v in zip(c.said, c.rows, c.seen, c.loss, strict=True)])
 
-# %% ../../nbs/library/reference.ipynb #0e6fdb03
-def bin_places(column: ColumnProfile, values: np.ndarray) -> np.ndarray:
-    """Return the bin of each value, (n,) int, as ``ColumnProfile.count`` counts them: the last one for missing values.
-
-    Parameters
-    ----------
-    column : ColumnProfile
-    values : (n,) array
-        Of the column's kind, as ``Columns`` holds it.
-    """
-    last = len(column.counts)
-    if column.kind in ("category", "text"):
-        place: dict[str | None, int] = {level: i for i, level in enumerate(column.levels)} | {None: last}
-        return np.fromiter((place.get(v, last - 1) for v in values.tolist()), np.int64, len(values))
-    numbers = values.astype(np.int64) / 1e6 if values.dtype.kind == "M" else values
-    absent = np.isnat(values) if values.dtype.kind == "M" else np.isnan(values)
-    return np.where(absent, last, np.searchsorted(column.cuts, numbers, side="right"))
-
-# %% ../../nbs/library/reference.ipynb #92a59c88
+# %% ../../nbs/library/reference.ipynb #4e84aa58
 def calibration_of(said: np.ndarray, seen: np.ndarray, loss: np.ndarray, right: np.ndarray, bins: int = 20) -> Calibration:
     """Return the calibration of (n,) answers: what was `said`, `seen`, lost, and whether the decision was `right`."""
     bins = max(1, min(bins, len(said) // (2 * LEAST)))
@@ -216,7 +206,7 @@ def calibration_of(said: np.ndarray, seen: np.ndarray, loss: np.ndarray, right: 
     told = [tuple(_short(v) for v in mean) for mean in means]
     return Calibration(cuts=tuple(_short(c) for c in cuts), rows=tuple(rows.tolist()), said=told[0], seen=told[1], loss=told[2], right=told[3])
 
-# %% ../../nbs/library/reference.ipynb #e75f3858
+# %% ../../nbs/library/reference.ipynb #b109b2e8
 def sum_bins(name: str, place: np.ndarray, residual: np.ndarray, bins: int, *, least: int = LEAST) -> BinSums:
     """Return the sums of (n,) residuals by bin; bins of fewer than `least` rows go to the last but one."""
     rows = np.bincount(place, minlength=bins)
@@ -229,7 +219,7 @@ def sum_bins(name: str, place: np.ndarray, residual: np.ndarray, bins: int, *, l
         column=name, rows=tuple(rows.tolist()), sums=tuple(_short(v) for v in sums), squares=tuple(_short(v) for v in squares)
     )
 
-# %% ../../nbs/library/reference.ipynb #2c53c7a3
+# %% ../../nbs/library/reference.ipynb #f1ed9f04
 def reference_of(
     schema: Schema,
     profile: Profile,
@@ -240,6 +230,7 @@ def reference_of(
     *,
     measures: Iterable[Measure] = (),
     groups: Mapping[str, np.ndarray] | None = None,
+    moved: Iterable[str] = (),
     of: str = "held out",
     profile_of: str = "training",
 ) -> Reference:
@@ -259,6 +250,8 @@ def reference_of(
     measures : iterable of Measure
     groups : mapping of str to (n,) object, optional
         Names of groups, by sensitive feature, as from ``fairness.group_rows``; groups of fewer than `LEAST` rows are left out.
+    moved : iterable of str
+        Columns that are known to differ from the profile.
     of, profile_of : str
         Which rows these are, and which the profile's, in words.
 
@@ -276,13 +269,14 @@ def reference_of(
         low, high = np.quantile(residual, [0.005, 0.995])
         limits = (_short(low), _short(high))
     cut = np.clip(residual, *limits)
-    sums = [sum_bins(c.name, bin_places(c, columns[c.name]), cut, len(c.counts) + 1) for c in profile.columns]
+    sums = [sum_bins(c.name, c.place(columns[c.name]), cut, len(c.counts) + 1) for c in profile.columns]
     right = np.abs(residual) if schema.task == "regression" else (decision == y).astype(np.float64)
     said = said_of(prediction)
     return Reference(
         rows=len(y), of=of, profile_of=profile_of, task=schema.task, loss=Moments.of(loss), residual=Moments.of(cut),
         limits=limits, calibration=calibration_of(said, said + residual, loss, right), residuals=tuple(sums),
         measures=tuple(measures), groups=tuple(_sum_groups(groups or {}, loss, cut, decision, schema)),
+        moved=tuple(moved),
     )  # fmt: skip
 
 

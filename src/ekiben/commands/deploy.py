@@ -28,7 +28,7 @@ To = Annotated[str, typer.Option("--to", help="The environment, such as staging.
 Reason = Annotated[str, typer.Option(help="Why; goes into the ledger.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
-# %% ../../../nbs/library/commands/deploy.ipynb #21788ed1
+# %% ../../../nbs/library/commands/deploy.ipynb #9c86cd6e
 @app.command()
 def deploy(
     version: Annotated[str, typer.Argument(help="A registered version; default: the challenger, or else the champion.")] = "",
@@ -72,7 +72,7 @@ def deploy(
         typer.echo(line, err=json)
 
     mode: Literal["shadow", "full", "canary"] = "shadow" if shadow else "full" if full else "canary"
-    with watching(say=say) as show:
+    with watching(say=say, redraw=not json) as show:
         done = roll_out(
             root, version, to=to, mode=mode, steps=None if canary is None else (canary / 100,), hold_s=hold_s,
             min_requests=min_requests, reason=reason, say=say, show=show,
@@ -115,10 +115,11 @@ def _show_status(root: Path, to: str, size: float, json: bool) -> None:
         if line := needed_line(shown.comparison):
             typer.echo(line)
 
-# %% ../../../nbs/library/commands/deploy.ipynb #231cae13
+# %% ../../../nbs/library/commands/deploy.ipynb #c2e0c18b
 def _detach(root: Path, to: str) -> None:
     """Run the same command in the background; return when it has begun, or say why it could not."""
     from ekiben.rollout.place import controller, environment_folder
+    from ekiben.serving.deployment import newest_number
 
     folder = environment_folder(root, to)
     folder.mkdir(parents=True, exist_ok=True)
@@ -130,13 +131,16 @@ def _detach(root: Path, to: str) -> None:
         child = subprocess.Popen(
             [sys.executable, "-c", "import sys; from ekiben.cli import main; sys.exit(main())", *words], stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, cwd=os.getcwd()
         )
-    end = time.monotonic() + 30
-    while time.monotonic() < end and child.poll() is None and not controller(folder):
+    before, end = newest_number(folder), time.monotonic() + 60
+    while time.monotonic() < end and child.poll() is None and newest_number(folder) <= before:
         time.sleep(0.05)
-    if child.poll() not in (None, 0):
-        last = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+    last = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+    if child.poll() is None:
+        typer.echo(f"the rollout to {to} goes on in process {child.pid}; it writes to {log}")
+    elif child.returncode:
         raise EkibenError(f"the rollout ended at once with code {child.returncode}: {last or 'it said nothing'}")
-    typer.echo(f"the rollout to {to} goes on in process {child.pid}; it writes to {log}")
+    else:
+        typer.echo(last)
 
 # %% ../../../nbs/library/commands/deploy.ipynb #d2a5fd76
 @app.command()
@@ -179,7 +183,7 @@ def approve(
     then = f"{rest} more to come" if rest > 0 else f"`ekiben promote {asked.version}` or `ekiben deploy {asked.version}` goes on"
     typer.echo(f"{asked} is approved by {', '.join(standing.approved)}; {then}")
 
-# %% ../../../nbs/library/commands/deploy.ipynb #e58b2e8a
+# %% ../../../nbs/library/commands/deploy.ipynb #f4e8d36e
 @app.command()
 def rollback(
     version: Annotated[str, typer.Argument(help="Any that was deployed; default: while a challenger is heard, the champion; else the one before it.")] = "",
@@ -198,5 +202,5 @@ def rollback(
     if json:
         typer.echo(done.to_json().decode())
         return
-    taken = f"the service serves it since {done.seconds:.2f} s" if done.is_served else "no service runs; the next one starts with it"
+    taken = f"the service serves it, {done.seconds:.2f} s after this was asked" if done.is_served else "no service runs; the next one starts with it"
     typer.echo(f"version {done.serving} answers everything in {to} again (deployment {done.number}; {taken})")

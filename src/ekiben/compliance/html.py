@@ -15,7 +15,7 @@ from ..records import Judgement
 # %% auto #0
 __all__ = ['STYLE', 'COLOURS', 'page', 'inline', 'badge', 'tile', 'section', 'facts', 'table', 'interval', 'verdict']
 
-# %% ../../../nbs/library/compliance/html.ipynb #e4b8732a
+# %% ../../../nbs/library/compliance/html.ipynb #d67af945
 STYLE = """
 :root{--ink:#1b2130;--muted:#5f6b7f;--line:#e3e7ee;--paper:#fff;--wash:#f5f6f9;--accent:#4338ca;--soft:#eef0fd;--good:#067647;
  --goodsoft:#e6f5ee;--bad:#b42318;--badsoft:#fdecea;--warn:#a1520a;--warnsoft:#fdf3e3}
@@ -25,7 +25,7 @@ header{background:linear-gradient(120deg,#312e81,#4338ca 55%,#6d5ae6);color:#fff
 header .in,main{max-width:66rem;margin:0 auto;padding:0 1.6rem}header h1{margin:0;font-size:2rem;line-height:1.15;letter-spacing:-.01em}
 header p{margin:.45rem 0 0;opacity:.88}header .crumb{font-size:.8rem;letter-spacing:.08em;text-transform:uppercase;opacity:.8;margin:0 0 .5rem}
 main{margin-top:-3rem;padding-bottom:4rem}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(11.5rem,1fr));gap:.8rem;margin-bottom:1.1rem}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.4rem,1fr));gap:.8rem;margin-bottom:1.1rem}
 .tile,section{background:var(--paper);border:1px solid var(--line);border-radius:12px;box-shadow:0 1px 2px rgba(16,24,40,.05)}
 .tile{padding:.85rem 1rem}.tile .k{color:var(--muted);font-size:.76rem;letter-spacing:.05em;text-transform:uppercase}
 .tile .v{font-size:1.35rem;font-weight:650;line-height:1.25;margin-top:.15rem}.tile .s{color:var(--muted);font-size:.82rem}
@@ -35,7 +35,7 @@ h3{font-size:.98rem;margin:1.3rem 0 .35rem}h2 small,h3 small{font-weight:400;col
  padding:.08em .32em;border-radius:4px;overflow-wrap:anywhere}
 table{border-collapse:collapse;width:100%;font-size:.875rem;margin:.5rem 0}th,td{padding:.38rem .7rem .38rem 0;border-bottom:1px solid var(--line);
  text-align:left;vertical-align:top}th{color:var(--muted);font-weight:600;font-size:.78rem}tr:last-child td{border-bottom:0}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}.scroll{overflow-x:auto}
+td.n,th.n{text-align:right;padding-right:1.2rem;font-variant-numeric:tabular-nums;white-space:nowrap}.scroll{overflow-x:auto}
 dl{display:grid;grid-template-columns:minmax(9rem,max-content) 1fr;gap:.25rem 1.3rem;margin:.5rem 0;font-size:.9rem}dt{color:var(--muted)}
 dd{margin:0;overflow-wrap:anywhere}.none{color:var(--muted);font-style:italic}
 .badge{display:inline-block;padding:.06rem .55rem;border-radius:1rem;font-size:.76rem;font-weight:650;white-space:nowrap}
@@ -79,7 +79,7 @@ def tile(name: str, value: str, more: str = "", kind: str = "") -> str:
     colour = f' style="color:var(--{kind})"' if kind else ""
     return f"<div class=tile><div class=k>{escape(name)}</div><div class=v{colour}>{escape(value)}</div><div class=s>{inline(more)}</div></div>"
 
-# %% ../../../nbs/library/compliance/html.ipynb #33e5b65d
+# %% ../../../nbs/library/compliance/html.ipynb #23adbe0d
 def section(title: str, body: str, *, key: str = "", lead: str = "") -> str:
     """Return a part of the page with its heading; `body` is HTML."""
     where = f' id="{escape(key)}"' if key else ""
@@ -87,9 +87,9 @@ def section(title: str, body: str, *, key: str = "", lead: str = "") -> str:
     return f"<section{where}><h2>{escape(title)}</h2>{said}{body}</section>"
 
 
-def facts(pairs: Iterable[tuple[str, object]]) -> str:
-    """Return names and values; an empty value is shown as not recorded."""
-    rows = "".join(f"<dt>{escape(name)}</dt><dd>{inline(value) if value not in ('', None) else '<span class=none>not recorded</span>'}</dd>" for name, value in pairs)
+def facts(pairs: Iterable[tuple[str, object]], *, empty: str = "not recorded") -> str:
+    """Return names and values; `empty` stands for a value that is not there."""
+    rows = "".join(f"<dt>{escape(name)}</dt><dd>{inline(value) if value not in ('', None) else f'<span class=none>{empty}</span>'}</dd>" for name, value in pairs)
     return f"<dl>{rows}</dl>"
 
 

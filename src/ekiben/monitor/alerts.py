@@ -32,7 +32,7 @@ class Rows:
         Its folder, as the query is to name it.
     version, since, until : str
     is_encrypted : bool
-        Then DuckDB needs the key first, and a command says how many rows there are instead.
+        Then only ekiben has the key: the query is a line of Python.
     """
 
     journal: str
@@ -43,11 +43,13 @@ class Rows:
 
     def where(self, condition: str = "", *, since: str = "", labelled: bool = False) -> str:
         """Return the query for the rows with this condition, newest first."""
-        if self.is_encrypted:
-            return "ekiben journal show"
         parts = [f"_version = '{_quoted(self.version)}'"] if self.version else []
         parts += [f"_time >= TIMESTAMPTZ '{since or self.since}'", f"_time < TIMESTAMPTZ '{self.until}'"]
         parts += [f"({condition})"] if condition else []
+        if self.is_encrypted:
+            parts += ["_told IS NOT NULL"] if labelled else []
+            query = f"SELECT * FROM journal WHERE {' AND '.join(parts)} ORDER BY _time DESC LIMIT 20"
+            return f'from ekiben.serving.sealed import open_journal; print(open_journal("{self.journal}").sql(\'\'\'{query}\'\'\'))'
         join = f" JOIN (SELECT _id, * EXCLUDE (_id, _time, _date) FROM {self._files('feedback')}) f USING (_id)" if labelled else ""
         return f"SELECT * FROM {self._files('predictions')}{join} WHERE {' AND '.join(parts)} ORDER BY _time DESC LIMIT 20"
 
@@ -193,8 +195,10 @@ def _fair_since(fair: Fairness, j: Judgement) -> str:
     return "" if spreads and since == spreads[0][0] else since  # it was so before the window
 
 
-def alerts_of_traffic(traffic: Traffic, tag: tuple[str, ...], *, max_error_share: float, max_p99_ms: float, least: int = 100) -> list[Alert]:
-    """Return alerts about requests that failed and answers that were slow; a limit of 0 is none.
+def alerts_of_traffic(
+    traffic: Traffic, tag: tuple[str, ...], *, max_error_share: float, max_p99_ms: float, expect_rows: int = 0, least: int = 100
+) -> list[Alert]:
+    """Return alerts about requests that failed, answers that were slow, and silence; a limit of 0 is none.
 
     Parameters
     ----------
@@ -203,11 +207,22 @@ def alerts_of_traffic(traffic: Traffic, tag: tuple[str, ...], *, max_error_share
     max_error_share : float
         Share of requests answered with 5xx.
     max_p99_ms : float
+    expect_rows : int
+        Rows that a window has at least.
     least : int
         Requests below which nothing is said.
     """
     total = sum(traffic.requests.values())
     out = []
+    if traffic.rows < expect_rows:
+        since = next((p.since for i, p in enumerate(traffic.parts) if not any(q.rows for q in traffic.parts[i:])), "")
+        out.append(
+            Alert(
+                id=alert_id("traffic", "rows", *tag[1:]), kind="traffic", column="", figure="rows", value=float(traffic.rows),
+                limit=float(expect_rows), since=since, says=f"{traffic.rows:,} rows were answered; {expect_rows:,} or more are expected.", rows="",
+                advice="See whether the service answers (`/readyz`), and whether its callers still call.",
+            )
+        )  # fmt: skip
     if traffic.error_share is not None and total >= least and 0 < max_error_share < traffic.error_share:
         failed = round(traffic.error_share * total)
         since = next((p.since for p in traffic.parts if p.requests and (p.failed or 0) / p.requests > max_error_share), "")
@@ -229,12 +244,14 @@ def alerts_of_traffic(traffic: Traffic, tag: tuple[str, ...], *, max_error_share
         )  # fmt: skip
     return out
 
-# %% ../../../nbs/library/monitor/alerts.ipynb #4434b9aa
-def alerts_of(report: MonitorReport, rows: Rows, *, max_error_share: float = 0.01, max_p99_ms: float = 0.0) -> list[Alert]:
+# %% ../../../nbs/library/monitor/alerts.ipynb #4b772f31
+def alerts_of(
+    report: MonitorReport, rows: Rows, *, max_error_share: float = 0.01, max_p99_ms: float = 0.0, expect_rows: int = 0
+) -> list[Alert]:
     """Return every alert of a look: columns, quality, fairness, traffic."""
     tag = (f"v{report.model.version}", report.environment)
     return [
-        *alerts_of_traffic(report.traffic, tag, max_error_share=max_error_share, max_p99_ms=max_p99_ms),
+        *alerts_of_traffic(report.traffic, tag, max_error_share=max_error_share, max_p99_ms=max_p99_ms, expect_rows=expect_rows),
         *alerts_of_quality(report.quality, rows, tag, labelled=report.window.labelled),
         *alerts_of_columns(report.drift, {i.column: i for i in report.inputs}, rows, tag),
         *alerts_of_fairness(report.fairness, tag),

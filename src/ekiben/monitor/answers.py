@@ -22,20 +22,40 @@ if TYPE_CHECKING:
     import duckdb
 
 # %% auto #0
-__all__ = ['LARGEST', 'open_answered', 'within', 'rows_by_version', 'rows_by_part', 'Answers', 'read_answers', 'losses_told']
+__all__ = ['LARGEST', 'check_journal', 'open_answered', 'within', 'rows_by_version', 'rows_by_part', 'Answers', 'read_answers',
+           'losses_told']
 
-# %% ../../../nbs/library/monitor/answers.ipynb #ba3261d0
-def open_answered(journal: Path, options: JournalOptions | None = None) -> duckdb.DuckDBPyConnection:
+# %% ../../../nbs/library/monitor/answers.ipynb #b86bb591
+def check_journal(journal: Path, shown: str = "") -> None:
+    """Refuse a folder that is no journal; `shown` is how the message names it.
+
+    Raises
+    ------
+    UsageError
+        Says what makes one.
+    """
+    if not (Path(journal) / "segments").is_dir() and not (Path(journal) / "sealed").is_dir():
+        raise UsageError(f"no journal in {shown or journal}; `ekiben serve` keeps one, with the first request it answers")
+
+
+def open_answered(journal: Path, options: JournalOptions | None = None, *, fresh: bool = True) -> duckdb.DuckDBPyConnection:
     """Open a journal with a view ``answered``: what was answered to somebody, shadow answers left out.
+
+    Parameters
+    ----------
+    journal : Path
+    options : JournalOptions, optional
+        How it is kept.
+    fresh : bool
+        Whether to seal first what is not sealed yet.
 
     Raises
     ------
     UsageError
         When there is no journal.
     """
-    if not (Path(journal) / "segments").is_dir() and not (Path(journal) / "sealed").is_dir():
-        raise UsageError(f"no journal in {journal}; `ekiben serve` keeps one, with the first request it answers")
-    db = open_journal(Path(journal), options=options)
+    check_journal(journal)
+    db = open_journal(Path(journal), fresh=fresh, options=options)
     names = {row[0] for row in db.execute("DESCRIBE journal").fetchall()}
     own = "WHERE coalesce(_role, 'champion') <> 'shadow'" if "_role" in names else ""
     db.execute(f"CREATE VIEW answered AS SELECT * FROM journal {own}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+from msgspec.structs import replace
 
 from .counting import Counts
 from .onset import onset
@@ -16,6 +17,7 @@ from .twosample import Test, column_tests, distance_of
 from .window import WindowCounts
 from ..profile import ColumnProfile, Profile
 from ..records import Field, Kind, Record
+from ..reference import Reference
 from ..serving.drifting import psi
 
 # %% auto #0
@@ -98,6 +100,7 @@ def compare_window(
     alpha: float = 0.005,
     floor: Floor | None = None,
     ignore: Iterable[str] = (),
+    reference: Reference | None = None,
 ) -> list[ColumnDrift]:
     """Compare a window with the reference profile.
 
@@ -114,6 +117,8 @@ def compare_window(
     floor : Floor, optional
     ignore : iterable of str
         Columns that are measured and never named.
+    reference : Reference, optional
+        The bundle's, to say of a column that it had moved when the model was evaluated.
 
     Returns
     -------
@@ -134,6 +139,8 @@ def compare_window(
     for column in columns:
         tests = [t._replace(p_value=corrected.get((column.name, t.name), 1.0)) for t in found[column.name]]
         out.append(_describe(column, tests, counted, window, alpha, floor))
+    known = set(reference.moved) if reference else set()
+    out = [replace(d, says=f"{d.says}; so it was in the held-out rows") if d.is_drifting and d.column in known else d for d in out]
     return sorted(out, key=lambda d: (not d.is_drifting, d.p_value, -d.size))
 
 
@@ -180,7 +187,7 @@ def _since(column: ColumnProfile, test: Test, counts: Counts, window: WindowCoun
     else:
         blocks, before = blocks[:, :-1], before[:-1]
     first = onset(before, blocks)
-    return "" if first == 0 or not blocks[:first].any() else f"{window.edges[first]}Z"
+    return "" if first == 0 or not blocks[:first].any() else f"{np.datetime_as_string(window.edges[first], unit='s')}Z"
 
 
 def _where(column: ColumnProfile, test: Test) -> str:

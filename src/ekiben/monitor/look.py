@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import UsageError
-from .answers import Answers, losses_told, open_answered, read_answers, rows_by_part, rows_by_version
+from .answers import Answers, check_journal, losses_told, open_answered, read_answers, rows_by_part, rows_by_version
 from .groups import join_groups
 from .model import champion_of, find_bundle, pick_version
 from .period import edges_of, iso, period
@@ -28,6 +28,7 @@ from ..records import Schema
 from ..reference import Reference
 from ..serving.bundle import Bundle
 from ..serving.keeping import JournalOptions
+from ..serving.seal import seal_journal
 
 if TYPE_CHECKING:
     import duckdb
@@ -60,6 +61,8 @@ class Look:
         What the columns looked like in training.
     reference : Reference or None
         What the held-out rows said; None in a bundle from before there was one.
+    problems : tuple of str
+        What could not be read of the journal.
     """
 
     root: Path
@@ -74,6 +77,7 @@ class Look:
     bundle: Bundle
     profile: Profile
     reference: Reference | None
+    problems: tuple[str, ...] = ()
 
     @property
     def schema(self) -> Schema:
@@ -232,10 +236,12 @@ def open_look(
     if not parts > 0:
         raise UsageError(f"[monitor] parts must be at least 1, got {parts}")
     place = Path(root) / journal
-    db = open_answered(place, options)
+    check_journal(place)
+    problems = tuple(f"a part of the journal is not seen: {problem}" for problem in seal_journal(place, options).problems)
+    db = open_answered(place, options, fresh=False)
     versions = rows_by_version(db, begin, end)
     wanted = pick_version(version, versions, champion_of(root, environment))
     bundle = find_bundle(root, wanted, environment)
     raw = bundle.files.get("profile.json", b"{}")
     profile = Profile.from_json(raw) if raw.strip() != b"{}" else Profile(rows=0, columns=())
-    return Look(Path(root), place, db, begin, end, parts, environment, wanted, versions, bundle, profile, bundle.reference)
+    return Look(Path(root), place, db, begin, end, parts, environment, wanted, versions, bundle, profile, bundle.reference, problems)

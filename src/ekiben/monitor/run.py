@@ -22,8 +22,8 @@ from .records import Alert, MonitorReport
 from .sinks import Look, Mail, append_lines, post, send_mail
 from .standing import kept_alerts, tell, update
 from ..records import Record
-from ..reports import _badge, _page, _table
-from ..runs import new_run_id
+from ..reports import _badge, _page, _table, write_index
+from ..runs import Layout, new_run_id
 from ..settings import Settings, load_settings
 
 # %% auto #0
@@ -137,6 +137,7 @@ def look_at(
     StepError
         When the notebook failed; its executed copy is there.
     """
+    from ekiben.monitor.answers import check_journal
     from ekiben.runner.scheduled import execute_scheduled, find_scheduled
 
     root = Path(root).resolve()
@@ -147,7 +148,7 @@ def look_at(
     own = settings.steps.get("monitor", {})
     now = datetime.now(UTC)
     period(str(own.get("since") or "24h"), str(own.get("until") or ""), now)
-    _check_journal(root, str(own.get("journal") or ".ekiben/journal"))
+    check_journal(root / str(own.get("journal") or ".ekiben/journal"), shown=str(own.get("journal")))
     name = new_run_id(now)
     folder = root / "reports" / "monitor" / name
     links = [("../../index.html", "all runs", False), ("../index.html", "monitor", False), ("06_monitor.html", name, True)]
@@ -187,7 +188,7 @@ def monitor(root: Path, **options: Any) -> MonitorReport:
 # %% ../../../nbs/library/monitor/run.ipynb #22f77d30
 def judged_kinds(report: MonitorReport) -> set[str]:
     """Return the kinds of alerts that this look could have raised: what it could not see, it cannot call over."""
-    kinds = {"traffic"} if report.traffic.requests else set()
+    kinds = {"traffic"}
     if report.drift and report.window.rows:
         kinds |= {"drift", "missing", "unseen", "range"}
     if report.quality.measures or report.quality.estimated:
@@ -197,12 +198,6 @@ def judged_kinds(report: MonitorReport) -> set[str]:
     if any(f.judgements for f in report.fairness):
         kinds |= {"fairness"}
     return kinds
-
-
-def _check_journal(root: Path, journal: str) -> None:
-    place = root / journal
-    if not (place / "segments").is_dir() and not (place / "sealed").is_dir():
-        raise UsageError(f"no journal in {journal}; `ekiben serve` keeps one, with the first request it answers")
 
 
 def _as_said(error: StepError) -> EkibenError:
@@ -236,6 +231,7 @@ def _write(root: Path, folder: Path, report: MonitorReport, prometheus: str) -> 
     if prometheus:  # where node_exporter looks
         write_whole(root / prometheus / "ekiben_monitor.prom", text)
     write_looks(folder.parent)
+    write_index(Layout(root))
 
 
 def read_latest(root: Path) -> MonitorReport | None:

@@ -94,7 +94,7 @@ def to_markdown(done: Retrained) -> str:
         lines += ["## Gates", "", *_table(["", "value", "interval", "verdict", ""], [_gate_row(j) for j in done.gates])]
     return "\n".join(lines)
 
-# %% ../../../nbs/library/retrain/report.ipynb #a4fd4db5
+# %% ../../../nbs/library/retrain/report.ipynb #07bc6f2a
 def write_report(root: Path, done: Retrained) -> Path:
     """Write ``report.md`` and ``index.html`` under ``reports/retrain/<id>/``; return the page.
 
@@ -106,7 +106,7 @@ def write_report(root: Path, done: Retrained) -> Path:
     from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
     folder, text = Path(root) / "reports" / "retrain" / done.id, to_markdown(done)
-    body = MarkdownWithMath(renderer=IPythonRenderer(escape=True)).render(text)  # what came from outside stays text
+    body = MarkdownWithMath(renderer=IPythonRenderer(escape=True, exclude_anchor_links=True)).render(text)  # what came from outside stays text
     run = Path(root) / "reports" / "runs" / done.run_id / "index.html"
     link = f'<a href="{html.escape(os.path.relpath(run, folder))}">its run</a>' if done.run_id and run.is_file() else ""
     page = (

@@ -27,7 +27,7 @@ from ..settings import load_settings
 # %% auto #0
 __all__ = ['Retraining', 'retrain']
 
-# %% ../../../nbs/library/retrain/run.ipynb #b0f3398d
+# %% ../../../nbs/library/retrain/run.ipynb #5f12fc0b
 class Retraining:
     """One retraining of a project, under its lock.
 
@@ -175,12 +175,14 @@ class Retraining:
         chosen = next(c for c in candidates if c.chosen)
         self.say(f"training on {chosen.name} ({table.training(chosen.final):,} rows)")
         folder = retrain_folder(Path(), table.id).as_posix()
-        run = self._run(overrides_for(chosen, folder, self.settings, final=True, starts=starts), loud=True)
+        overrides = overrides_for(chosen, folder, self.settings, final=True, starts=starts)
+        first = self._run(overrides, until="prepare")  # a broken feed registers nothing; if it is none, this is in the cache by then
+        if first.status == "done":
+            self._refuse_broken(first)
+        run = self._run(overrides, loud=True)
         facts: dict[str, Any] = {"run_id": run.run_id, "candidates": candidates, "gates": run.gates}
         if run.status == "interrupted":
             raise KeyboardInterrupt
-        if run.status in ("done", "gate_failed"):
-            self._refuse_broken(run)
         if run.status == "gate_failed":
             return facts | {"decision": "rejected", "reasons": [*stopped_by(run, stopping(run.gates, self.settings)), *watched(run.gates)]}
         if run.status != "done":

@@ -15,7 +15,7 @@ from ..rollout.place import Outcome
 from .operator import Operator
 
 # %% auto #0
-__all__ = ['FEED', 'WORLD', 'Move', 'look', 'decide', 'distances', 'retrain', 'roll_out']
+__all__ = ['FEED', 'WORLD', 'CHRONIC', 'Move', 'look', 'decide', 'distances', 'retrain', 'roll_out']
 
 # %% ../../../nbs/library/simulate/moves.ipynb #51109972
 def look(operator: Operator, since: str, until: str) -> MonitorReport:
@@ -38,9 +38,10 @@ def look(operator: Operator, since: str, until: str) -> MonitorReport:
         raise ServiceError(f"`ekiben monitor` left no report in `{path}`")
     return MonitorReport.from_json(path.read_bytes())
 
-# %% ../../../nbs/library/simulate/moves.ipynb #2084062f
+# %% ../../../nbs/library/simulate/moves.ipynb #5588da3c
 FEED = ("missing", "unseen", "range")
 WORLD = ("quality", "concept")
+CHRONIC = ("fairness", "traffic")
 Move = Literal["nothing", "repair", "wait", "retrain"]
 
 

@@ -22,7 +22,7 @@ from ..serving.deployment import deployment_folder, read_events
 from .client import Callers, Orders, Played
 from .clock import Clock, iso
 from .declared import expect
-from .moves import FEED, decide, distances, look, retrain, roll_out
+from .moves import CHRONIC, FEED, decide, distances, look, retrain, roll_out
 from .operator import Operator
 from .page import write_page
 from .plan import Plan
@@ -137,6 +137,9 @@ class Director:
         if any(a.kind in FEED for a in report.alerts):
             self.fed_badly_until = day + self.plan.label_delay + 1
         move, alert = decide(report.alerts, moved_before=self.moved_before, fed_badly=day <= self.fed_badly_until)
+        for one in report.alerts:
+            if one.kind in CHRONIC and one.state in ("new", "worse"):
+                self.note("alert", _short(one))
         self.moved_before = any(a.kind == "drift" for a in report.alerts)
         if alert is None or not may_act:
             return
@@ -147,7 +150,7 @@ class Director:
         if move == "retrain" and day - self.last_try > self.plan.label_delay:
             self.last_try = day
             if self.plan.is_drifted(day):
-                self.figures.setdefault("noticed_days", self.clock.moment() - self.plan.drift_day)
+                self.figures.setdefault("noticed_at", time.time())
             self._mend()
 
     def _mend(self) -> None:
@@ -216,6 +219,8 @@ def tell(director: Director, played: Played, proof: Proof, *, made: str, checks:
             )
         )  # fmt: skip
     figures = director.figures | tell_traffic(played, clock) | proof.figures
+    noticed = figures.pop("noticed_at", None)  # how far into a day a moment was is known when the day is over
+    figures["noticed_days"] = None if noticed is None else clock.moment(noticed) - plan.drift_day
     weights = np.array([d.until - d.since for d in clock.days])
     figures["rate_asked"] = float(np.average(stage.rates, weights=weights))
     figures |= _before(director) | _quality_before(director, played)
@@ -225,7 +230,7 @@ def tell(director: Director, played: Played, proof: Proof, *, made: str, checks:
         mine = played.at[played.version == played.versions.index(bad)] if bad in played.versions else np.empty(0)
         at = figures.pop("rolled_back_at", None)
         figures["rolled_back_s"] = at - float(mine.min()) if at and len(mine) else None
-    happened = sorted(director.happened, key=lambda h: h.at)
+    happened = sorted((structs.replace(h, at=clock.moment(_seconds(h.when))) for h in director.happened), key=lambda h: h.at)
     return Story(
         id=made, made=made, project=str(stage.root), model=stage.model, task=task, plan=plan, days=days, happened=happened,
         served=tell_served(played, clock), figures=figures, expected=expect(plan, figures, happened, checks=checks),
@@ -237,7 +242,8 @@ def _before(director: Director) -> dict[str, float | None]:
     plan = director.plan
     first = min([d for d in (plan.drift_day, plan.feed_day, plan.bad_day) if d >= 0], default=plan.days)
     looks = [report for day, report in director.reports.items() if day < first]
-    return {"looks_before": len(looks), "false_alarms": sum(bool(r.alerts) for r in looks)}
+    alarms = sum(any(a.kind not in CHRONIC for a in r.alerts) for r in looks)
+    return {"looks_before": len(looks), "false_alarms": alarms}
 
 
 def _quality_before(director: Director, played: Played) -> dict[str, float | None]:

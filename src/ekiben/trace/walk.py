@@ -54,7 +54,7 @@ class Trace(Record, frozen=True):
     def __getitem__(self, name: str) -> Link:
         return next(link for link in self.links if link.name == name)
 
-# %% ../../../nbs/library/trace/walk.ipynb #48aceb11
+# %% ../../../nbs/library/trace/walk.ipynb #64ae1bf1
 def trace(root: Path, id_: str, *, journal: Path | None = None) -> Trace:
     """Walk back from a prediction.
 
@@ -116,7 +116,7 @@ def _unknown(root: Path, journal: Path, id_: str) -> str:
     given = f"{time_of(id_):%Y-%m-%d %H:%M} UTC"
     try:
         days = load_settings(root).serve.retention_days
-        erased = len(read_erasures(root, time_of(id_).isoformat()))
+        erased = len(read_erasures(root, time_of(id_).isoformat(timespec="seconds")))
     except EkibenError:
         days, erased = 0, 0
     more = [f"erased ({erased} erasures since)"] if erased else []
