@@ -259,6 +259,7 @@ def test_over_tls_it_finishes_what_it_began_before_it_stops(made, root):
     env = {
         "BENTOML_PORT": str(port), "EKIBEN_SERVE__DRAIN_S": str(drain_s), "EKIBEN_SERVE__ENCRYPTION": "yes",
         "EKIBEN_SERVE__TLS_CERTIFICATE": "/etc/ekiben/server.pem", "EKIBEN_SERVE__TLS_KEY": "/etc/ekiben/server.key",
+        "EKIBEN_DEPLOYMENT": "/var/lib/ekiben/deployments/production",  # nobody has deployed yet: the Bento's own bundle serves
     }  # fmt: skip
     trusted = ssl.create_default_context(cafile=str(certificate))
     rows = [row for row in make_columns(50, seed=7).pick([f.name for f in project.schema.inputs]).to_rows() if None not in row.values()]

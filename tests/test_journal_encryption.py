@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_journal import FAST, ORIGIN, everything, keep, make_row
 
+from ekiben.cli import main
 from ekiben.errors import IntegrityError, ServiceError
 from ekiben.serving import seal
 from ekiben.serving.cipher import Cipher
@@ -198,13 +199,15 @@ def test_changing_keys_under_load_loses_nothing(tmp_path):
     assert sorted(ids_of(folder)) == sorted(kept)
 
 
-def test_the_key_of_a_segment_that_cannot_be_sealed_is_not_forgotten(tmp_path):
+def test_the_key_of_a_segment_that_cannot_be_sealed_is_not_forgotten(tmp_path, capsys):
     folder = tmp_path / "journal"
     keep(folder, [make_row()] * 2, options=SECRET)
     (path,) = list_segments(folder)
     whole = path.read_bytes()
     path.write_bytes(whole[:-40] + b"?" + whole[-39:] + frame(b"more"))
-    rekey(folder)
+    (tmp_path / "settings.ini").write_text("[columns]\ntarget = y\n[serve]\nencryption = yes\n")
+    assert main(["journal", "rekey", "--project", str(tmp_path), "--journal", str(folder)]) == 0
+    assert "older keys stay for segments that are damaged: k1" in capsys.readouterr().out
     assert list(KeyRing.load(ring_path(folder)).keys) == ["k1", "k2"] and list_segments(folder) == [path]
     path.write_bytes(whole)
     assert len(ids_of(folder)) == 2
