@@ -237,8 +237,9 @@ def test_a_shadow_s_rows_are_paired_with_what_was_answered(tmp_path: Path) -> No
     truth = rng.integers(0, 2, 200).tolist()
     write_arm(tmp_path, "1", "champion", ids, truth, 0.3, told=True)
     write_arm(tmp_path, "2", "shadow", ids[50:], truth[50:], 0.05, told=False)  # 50 were dropped
-    found = compare_arms(tmp_path, make_schema("binary"), "2", "1")
+    found = compare_arms(tmp_path, make_schema("binary"), "2", "1", shadow=True)
     assert found.is_paired
+    assert compare_arms(tmp_path, make_schema("binary"), "2", "1").rows == (0, 0)  # nobody was answered by it
     assert found.labelled == (150, 150)
     assert {d.metric: d.better for d in found.differences}["loss"] == "challenger"
 

@@ -252,17 +252,21 @@ def test_over_tls_it_finishes_what_it_began_before_it_stops(made, root):
     certificate, _private = make_pair(mounted, "server")
     for path in mounted.glob("server.*"):
         shutil.chown(path, USER, USER)
+    state = top / "state-tls"
+    state.mkdir()
+    shutil.chown(state, USER, USER)
     port, drain_s = free_port(), 6.0
     env = {
-        "BENTOML_PORT": str(port), "EKIBEN_SERVE__DRAIN_S": str(drain_s),
+        "BENTOML_PORT": str(port), "EKIBEN_SERVE__DRAIN_S": str(drain_s), "EKIBEN_SERVE__ENCRYPTION": "yes",
         "EKIBEN_SERVE__TLS_CERTIFICATE": "/etc/ekiben/server.pem", "EKIBEN_SERVE__TLS_KEY": "/etc/ekiben/server.key",
+        "EKIBEN_DEPLOYMENT": "/var/lib/ekiben/deployments/production",  # nobody has deployed yet: the Bento's own bundle serves
     }  # fmt: skip
     trusted = ssl.create_default_context(cafile=str(certificate))
     rows = [row for row in make_columns(50, seed=7).pick([f.name for f in project.schema.inputs]).to_rows() if None not in row.values()]
     body = json.dumps({"rows": rows}).encode()
     head = f"POST /predict HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {word}\r\ncontent-type: application/json\r\n"
     head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-    process = start_image(folder, config, settings=mounted, env=env)
+    process = start_image(folder, config, settings=mounted, state=state, env=env)
     try:
         wait_ready(port, process, tls=trusted)
         code, answered = ask(port, "/predict", {"rows": rows}, word, tls=trusted)
@@ -297,6 +301,9 @@ def test_over_tls_it_finishes_what_it_began_before_it_stops(made, root):
         assert drain_s - 0.5 < time.monotonic() - told < drain_s + 30
     finally:
         end(process, 1)
+    raw = b"".join(path.read_bytes() for path in (state / "journal").rglob("*") if path.is_file())
+    assert b"EKJ2" in raw and (state / "journal.keys").is_file()
+    assert b"Lyon" not in raw and b"probability" not in raw, "the journal is written encrypted"
     (mounted / "server.key").write_text("nothing")
     code, said = inside(root, *config["Entrypoint"], settings=mounted, env=env)
     assert code == 2 and "server.key" in said and "nothing" not in said and said.count("error:") == 1

@@ -455,9 +455,9 @@ from pathlib import Path
 import uvicorn
 from ekiben.serving.app import ServiceApp, State
 from ekiben.serving.keeping import JournalOptions
-bundle, journal, durability, port = sys.argv[1:]
+bundle, journal, durability, port, encryption = sys.argv[1:]
 state = State()
-state.open(Path(bundle), journal=Path(journal), options=JournalOptions(durability=durability))
+state.open(Path(bundle), journal=Path(journal), options=JournalOptions(durability=durability, encryption=encryption == "yes"))
 print(sorted({"pyarrow", "pandas", "sklearn", "duckdb"} & set(sys.modules)), flush=True)
 uvicorn.run(ServiceApp(state=state), host="127.0.0.1", port=int(port), log_level="error")
 """
@@ -481,12 +481,15 @@ async def load(port: int, body: bytes, stop: asyncio.Event, answered: dict[str, 
         writer.close()
 
 
-def kill_under_load(bundle: Path, folder: Path, durability: str, seconds: float, clients: int = 8) -> tuple[dict, float, set]:
+def kill_under_load(
+    bundle: Path, folder: Path, durability: str, seconds: float, clients: int = 8, *, encryption: bool = False
+) -> tuple[dict, float, set]:
     """Start a service, load it, kill it; return what was answered and when, when it was killed, and what was kept."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-c", SERVER, str(bundle), str(folder), durability, str(port)], stdout=subprocess.PIPE)
+    command = [sys.executable, "-c", SERVER, str(bundle), str(folder), durability, str(port), "yes" if encryption else "no"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert server.stdout is not None and server.stdout.readline() == b"[]\n", "nothing heavy in the service"
     row = {"age": 30, "income": 1.0, "job": "clerk", "place": "L", "member": True, "since": "2020-01-01", "id": 17}
     body, answered = json.dumps({"rows": [row]}).encode(), dict[str, float]()
@@ -519,7 +522,8 @@ def kill_under_load(bundle: Path, folder: Path, durability: str, seconds: float,
 def check_kills(project, folder: Path, durability: str, times: int) -> list[int]:
     lost, rng = [], random.Random(7)
     for n in range(times):
-        answered, killed, kept = kill_under_load(project.bundle.folder, folder / str(n), durability, rng.uniform(0.2, 0.8))
+        place, seconds = folder / str(n) / "journal", rng.uniform(0.2, 0.8)
+        answered, killed, kept = kill_under_load(project.bundle.folder, place, durability, seconds, encryption=n % 2 == 1)
         missing = [at for id_, at in answered.items() if id_ not in kept]
         assert len(answered) > 20
         if durability == "sync":
@@ -628,7 +632,7 @@ def test_who_is_forgotten_is_in_no_byte_of_the_journal(tmp_path_factory, monkeyp
     asked = [make_row(**{column: name, "id": name}) for name in [person, *others, person]]
     theirs, kept = [], []
     for sealed in (True, False):
-        ids = keep(folder, asked, labels=len(asked))
+        ids = keep(folder, asked, labels=len(asked), options=JournalOptions(encryption=encryption))
         theirs, kept = [*theirs, ids[0], ids[-1]], kept + ids[1:-1]
         if sealed:
             seal_journal(folder, JournalOptions(encryption=encryption))

@@ -224,6 +224,39 @@ def test_two_versions_of_a_class_answer_side_by_side_each_with_its_own_code(tmp_
     assert projects[0][0].bundle.digest != projects[1][0].bundle.digest
 
 
+def test_champion_and_challenger_of_one_class_answer_in_one_service(tmp_path, monkeypatch):
+    from test_hosting import Place
+
+    from ekiben.serving.bundle import stamp_bundle
+    from ekiben.serving.signer import sign_folder, signing_key
+
+    signer, signed, said = signing_key(say=lambda line: None), {}, {}
+    declare_types([NAME])
+    for version, share in (("3", 0.25), ("4", 0.75)):
+        package = write_project(tmp_path / version, share)
+        project = bundle_of(tmp_path / version / "bundle", package, own_model(monkeypatch, package))
+        signed[version] = stamp_bundle(project.bundle.folder, tmp_path / f"v{version}", version=version).folder
+        sign_folder(signed[version], signer, kind="bundle", name=f"census:v{version}")
+        said[version] = project.predict(project.columns)
+    forget("census")
+    declare_types([])
+    monkeypatch.setenv(VARIABLE, NAME)  # as a container's operator says it
+    place = Place(tmp_path / "place", signed, signer)
+    place.deploy("3", "4", share=0.5)
+    state = place.open(journal=False)
+    try:
+        rows = project.columns.pick([f.name for f in project.schema.inputs]).to_rows()
+        body, answered = json.dumps({"rows": rows}, default=str).encode(), set()
+        for n in range(12):
+            answer = call(state, "POST", "/predict", content=body, headers={"content-type": "application/json", "routing-key": f"k{n}"}).json()
+            version = answer["model"]["version"]
+            assert [p["probability"] for p in answer["predictions"]] == said[version].tolist()
+            answered.add(version)
+        assert answered == {"3", "4"}
+    finally:
+        state.close()
+
+
 def test_other_code_is_another_model_even_when_it_learnt_the_same_numbers(tmp_path, monkeypatch):
     declare_types([NAME])
     files = []

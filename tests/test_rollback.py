@@ -21,7 +21,8 @@ from ekiben.files import write_whole
 from ekiben.rollout.aliases import Note, settle, write_served
 from ekiben.rollout.back import roll_back
 from ekiben.rollout.control import roll_out
-from ekiben.rollout.place import champions, current, deployed_versions, environment_folder
+from ekiben.rollout.earlier import champions, deployed_versions
+from ekiben.rollout.place import current, environment_folder
 from ekiben.serving.deployment import Arm, Deployment, Status, now, read_deployment, write_deployment
 from ekiben.serving.run import trust_of
 from ekiben.serving.served import Served
@@ -67,6 +68,15 @@ def test_it_goes_to_the_champion_before_and_twice_goes_two_back(root: Path) -> N
     with pytest.raises(UsageError, match="no champion before version 1"):
         back(root)
     assert [arm.version for arm in champions(environment_folder(root), trust_of(root))] == ["1"]
+
+
+def test_a_version_that_was_promoted_once_more_goes_back_to_the_one_it_replaced(root: Path, bundles: Path) -> None:
+    deploy(root, bundles, "2")
+    assert back(root).serving == "3"
+    deploy(root, bundles, "1", mode="shadow")  # what came back stays what it is, whatever stands beside it meanwhile
+    assert back(root).serving == "3"
+    assert back(root).serving == "2"
+    assert back(root).serving == "1"
 
 
 def test_it_goes_to_any_version_that_lies_in_the_folder(root: Path) -> None:

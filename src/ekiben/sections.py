@@ -123,7 +123,7 @@ class ServeSection(Section):
         "async", description="sync: no answer before the disk has its record; async: at most 0.1 s behind"
     )
     retention_days: int = Field(365, ge=0, description="days that the journal is kept (0: for ever)")
-    encryption: bool = Field(False, description="encrypt the sealed part of the journal")
+    encryption: bool = Field(False, description="encrypt the journal's files")
     trusted_keys: tuple[str, ...] = Field((), description="public keys, or files of them, whose signed Bentos are served too")
     trusted_types: tuple[str, ...] = Field((), description="types that a stored estimator may hold, by their full names: pkg.module.Class")
     keys: str = Field("", description="file with the API keys (default: .ekiben/keys.json)")

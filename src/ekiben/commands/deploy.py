@@ -28,7 +28,7 @@ To = Annotated[str, typer.Option("--to", help="The environment, such as staging.
 Reason = Annotated[str, typer.Option(help="Why; goes into the ledger.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
-# %% ../../../nbs/library/commands/deploy.ipynb #3d7b6046
+# %% ../../../nbs/library/commands/deploy.ipynb #9c86cd6e
 @app.command()
 def deploy(
     version: Annotated[str, typer.Argument(help="A registered version; default: the challenger, or else the champion.")] = "",
@@ -72,7 +72,7 @@ def deploy(
         typer.echo(line, err=json)
 
     mode: Literal["shadow", "full", "canary"] = "shadow" if shadow else "full" if full else "canary"
-    with watching(say=say, live=not json) as show:
+    with watching(say=say, redraw=not json) as show:
         done = roll_out(
             root, version, to=to, mode=mode, steps=None if canary is None else (canary / 100,), hold_s=hold_s,
             min_requests=min_requests, reason=reason, say=say, show=show,
@@ -183,7 +183,7 @@ def approve(
     then = f"{rest} more to come" if rest > 0 else f"`ekiben promote {asked.version}` or `ekiben deploy {asked.version}` goes on"
     typer.echo(f"{asked} is approved by {', '.join(standing.approved)}; {then}")
 
-# %% ../../../nbs/library/commands/deploy.ipynb #e58b2e8a
+# %% ../../../nbs/library/commands/deploy.ipynb #f4e8d36e
 @app.command()
 def rollback(
     version: Annotated[str, typer.Argument(help="Any that was deployed; default: while a challenger is heard, the champion; else the one before it.")] = "",
@@ -202,5 +202,5 @@ def rollback(
     if json:
         typer.echo(done.to_json().decode())
         return
-    taken = f"the service serves it since {done.seconds:.2f} s" if done.is_served else "no service runs; the next one starts with it"
+    taken = f"the service serves it, {done.seconds:.2f} s after this was asked" if done.is_served else "no service runs; the next one starts with it"
     typer.echo(f"version {done.serving} answers everything in {to} again (deployment {done.number}; {taken})")

@@ -43,7 +43,9 @@ def journal(
     Example: ekiben journal seal
     """
     from ekiben.serving.erase import rekey
+    from ekiben.serving.keyring import KeyRing, ring_path
     from ekiben.serving.seal import seal_journal
+    from ekiben.serving.segments import keys_of_segments
 
     if what not in ("show", "seal", "rekey"):
         raise UsageError(f"`ekiben journal` takes show, seal or rekey, got `{what}`")
@@ -54,7 +56,9 @@ def journal(
     elif what == "rekey":
         if not _options(root).encryption:
             raise UsageError("the journal is not encrypted: set `encryption = yes` under [serve] in settings.ini first")
-        typer.echo(f"{rekey(place)} files are encrypted with a new key; the older keys are gone")
+        files, kept = rekey(place), keys_of_segments(place) - {KeyRing.load(ring_path(place)).current}
+        older = f"older keys stay for segments that are damaged: {', '.join(sorted(kept))}" if kept else "the older keys are gone"
+        typer.echo(f"{files} files are encrypted with a new key; {older}")
     elif what == "seal":
         done = seal_journal(place, _options(root))
         typer.echo(f"{done.segments} segments sealed: {done.predictions:,} predictions, {done.feedback:,} feedback")

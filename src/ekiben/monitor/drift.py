@@ -187,7 +187,7 @@ def _since(column: ColumnProfile, test: Test, counts: Counts, window: WindowCoun
     else:
         blocks, before = blocks[:, :-1], before[:-1]
     first = onset(before, blocks)
-    return "" if first == 0 or not blocks[:first].any() else f"{window.edges[first]}Z"
+    return "" if first == 0 or not blocks[:first].any() else f"{np.datetime_as_string(window.edges[first], unit='s')}Z"
 
 
 def _where(column: ColumnProfile, test: Test) -> str:

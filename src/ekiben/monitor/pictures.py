@@ -111,8 +111,7 @@ def draw_quality(quality: Quality, names: Sequence[str], limits: dict[str, float
         estimated = _over_time(quality.estimated_parts, name)
         if estimated:
             ax.plot([at for at, _ in estimated], [m.value for _, m in estimated], linestyle=(0, (4, 2)), color=WARN, linewidth=1.4)
-            ax.annotate("expected without labels", (estimated[0][0], estimated[0][1].value), xytext=(0, 5), textcoords="offset points",
-                        fontsize=7.5, color=WARN)  # fmt: skip
+            ax.annotate("dashed: expected without labels", (1.0, 1.03), xycoords="axes fraction", ha="right", fontsize=7.5, color=WARN)
         told = _over_time(quality.parts, name)
         for at, m in told:
             ax.plot([at, at], [np.nan if m.low is None else m.low, np.nan if m.high is None else m.high], color=ACCENT, alpha=0.4, linewidth=2.2)

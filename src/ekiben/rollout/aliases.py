@@ -118,10 +118,10 @@ def settle(root: Path, registry: Registry, environment: str = PRODUCTION) -> Not
         Note.path(folder).unlink(missing_ok=True)
     return note
 
-# %% ../../../nbs/library/rollout/aliases.ipynb #c860d845
+# %% ../../../nbs/library/rollout/aliases.ipynb #fbd12d54
 def put_champion(
     root: Path, environment: str, name: str, champion: Arm, *, why: str, by: str, signer: Signer, trust: Trust,
-    after: int | None = None, dropped: Mapping[str, str] | None = None,
+    after: int | None = None, dropped: Mapping[str, str] | None = None, came_back: bool = False,
 ) -> Deployment:
     """Sign that a version answers everything in an environment; return the deployment.
 
@@ -139,6 +139,8 @@ def put_champion(
         As for `publish`.
     dropped : mapping of str to str, optional
         Versions that are taken back by this, and why.
+    came_back : bool
+        Whether this is a rollback.
     """
     folder = environment_folder(root, environment)
 
@@ -146,7 +148,7 @@ def put_champion(
         changed = before is None or before.champion.version != champion.version
         if changed or dropped:
             leave_note(folder, Note(number=number, name=name, champion=champion if changed else None, dropped=dict(dropped or {})))
-        return Deployment(environment=environment, number=number, at=now(), by=by, why=why, champion=champion, mode="full")
+        return Deployment(environment=environment, number=number, at=now(), by=by, why=why, champion=champion, mode="full", came_back=came_back)
 
     made = publish(folder, make, signer, trust, after=after)
     if environment == PRODUCTION and (before := Note.read(folder)) is not None and before.champion is not None:

@@ -169,10 +169,10 @@ def _difference(metric: str, ours: float, theirs: float, gap: Interval, *, lower
         metric=metric, challenger=float(ours), champion=float(theirs), difference=gap.value, low=gap.low, high=gap.high, better=better
     )
 
-# %% ../../../nbs/library/rollout/compare.ipynb #c8cf4816
+# %% ../../../nbs/library/rollout/compare.ipynb #cfbfb47f
 def compare_arms(
-    journal: Path, schema: Schema, challenger: str, champion: str, *, size: float = 0.01, confidence: float = 0.95,
-    options: JournalOptions | None = None,
+    journal: Path, schema: Schema, challenger: str, champion: str, *, shadow: bool = False, since: datetime | None = None,
+    size: float = 0.01, confidence: float = 0.95, options: JournalOptions | None = None,
 ) -> ArmComparison:  # fmt: skip
     """Compare two versions by what the journal holds of both.
 
@@ -183,6 +183,10 @@ def compare_arms(
         Of the model.
     challenger, champion : str
         Versions.
+    shadow : bool
+        Whether the challenger's shadow answers are meant, rather than those that somebody got.
+    since : datetime, optional
+        With its zone; default: the challenger's first row.
     size : float
         The difference in loss that is to be decided.
     confidence : float in (0, 1)
@@ -198,7 +202,7 @@ def compare_arms(
     with open_journal(journal, options=options) as db:
         if "_role" not in {row[0] for row in db.execute("DESCRIBE journal").fetchall()}:
             return nothing
-        first, last, shadow = _window(db, challenger)
+        first, last = _window(db, challenger, shadow, since)
         if first is None or last is None:
             return nothing
         _views(db, challenger, champion, shadow=shadow)
@@ -207,23 +211,26 @@ def compare_arms(
             for version, source in ((challenger, "ours"), (champion, "theirs"))
         ]
         ours, theirs = (answers.where(answers.inside) for answers in read)
-    since = first.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    return compare_answers(ours, theirs, paired=shadow, versions=(challenger, champion), size=size, confidence=confidence, since=since)
+    began = first.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    return compare_answers(ours, theirs, paired=shadow, versions=(challenger, champion), size=size, confidence=confidence, since=began)
 
 
 def _text(value: str) -> str:
     return "'" + value.replace("'", "''") + "'"
 
 
-def _window(db: duckdb.DuckDBPyConnection, challenger: str) -> tuple[datetime | None, datetime | None, bool]:
-    """Return from when to when the challenger has rows, and whether these are a shadow's only."""
+def _window(
+    db: duckdb.DuckDBPyConnection, challenger: str, shadow: bool, since: datetime | None
+) -> tuple[datetime | None, datetime | None]:
+    """Return from when to when the challenger has rows."""
+    after = f"AND epoch_us(_time) >= {int(since.timestamp() * 1e6)}" if since else ""
     said = db.execute(
-        f"SELECT epoch_us(min(_time)), epoch_us(max(_time)), bool_and(_role = 'shadow') FROM journal "
-        f"WHERE _version = {_text(challenger)} AND _role IN ('challenger', 'shadow')"
+        f"SELECT epoch_us(min(_time)), epoch_us(max(_time)) FROM journal "
+        f"WHERE _version = {_text(challenger)} AND _role = '{'shadow' if shadow else 'challenger'}' {after}"
     ).fetchone()
     if said is None or said[0] is None:
-        return None, None, False
-    return datetime.fromtimestamp(said[0] / 1e6, UTC), datetime.fromtimestamp((said[1] + 1) / 1e6, UTC), bool(said[2])
+        return None, None
+    return datetime.fromtimestamp(said[0] / 1e6, UTC), datetime.fromtimestamp((said[1] + 1) / 1e6, UTC)
 
 
 def _views(db: duckdb.DuckDBPyConnection, challenger: str, champion: str, *, shadow: bool) -> None:

@@ -15,7 +15,7 @@ from ..resampling import auc_influence, auc_interval
 # %% auto #0
 __all__ = ['difference_of_means', 'difference_of_rates', 'difference_of_aucs', 'mean_difference', 'auc_difference', 'rows_needed']
 
-# %% ../../../nbs/library/rollout/difference.ipynb #e6a8e20c
+# %% ../../../nbs/library/rollout/difference.ipynb #fbf5cf08
 def difference_of_means(ours: np.ndarray, theirs: np.ndarray, confidence: float = 0.95) -> Interval:
     """Return the difference of two means over different rows, and its interval.
 
@@ -35,7 +35,7 @@ def difference_of_means(ours: np.ndarray, theirs: np.ndarray, confidence: float 
     gap, variance = float(np.mean(ours) - np.mean(theirs)), sum(parts)
     if variance == 0:
         return Interval(gap, gap, gap)
-    freedom = variance**2 / sum(p**2 / (len(a) - 1) for p, a in zip(parts, (ours, theirs), strict=True))
+    freedom = 1 / sum((p / variance) ** 2 / (len(a) - 1) for p, a in zip(parts, (ours, theirs), strict=True))
     half = float(stdtrit(freedom, 0.5 + confidence / 2)) * math.sqrt(variance)
     return Interval(gap, gap - half, gap + half)
 

@@ -22,17 +22,15 @@ from typing import Any
 
 from ..errors import ServiceError
 from .keeping import JournalOptions
+from .keyring import ring_for, ring_lock
 from .segments import Origin, SegmentWriter, remove_expired
 
 logger = logging.getLogger("ekiben.serving")
 
 # %% auto #0
-__all__ = ['logger', 'PLAIN_S', 'Committer', 'start_sealing']
+__all__ = ['logger', 'Committer', 'start_sealing']
 
 # %% ../../../nbs/library/serving/commit.ipynb #089e7242
-PLAIN_S = 300.0  # longest that rows wait in a segment, which is not encrypted, when the sealed part is
-
-
 class Committer:
     """Writes records into segments, in the order they are put.
 
@@ -51,7 +49,7 @@ class Committer:
     Raises
     ------
     ServiceError
-        When the folder cannot be made.
+        When the folder, or the first key of an encrypted journal, cannot be made.
     """
 
     def __init__(self, folder: Path, origin: Origin, options: JournalOptions) -> None:
@@ -74,6 +72,9 @@ class Committer:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as exc:
             raise ServiceError(f"the journal's folder `{folder}` cannot be made: {exc.strerror}; EKIBEN_JOURNAL names it") from exc
+        if options.encryption:
+            with ring_lock(self.folder):
+                ring_for(self.folder, True)
         atexit.register(self.close)
 
     @property
@@ -179,7 +180,7 @@ class Committer:
 
     def _append(self, records: list[bytes]) -> None:
         for _ in range(100):
-            self._segment = self._segment or SegmentWriter(self.folder, self.origin)
+            self._segment = self._segment or SegmentWriter(self.folder, self.origin, encryption=self.options.encryption)
             try:
                 if self._segment.append(records, sync=self.is_sync):
                     return
@@ -217,8 +218,7 @@ class Committer:
         now, began = datetime.now(UTC), self._segment.began
         if self._segment.size >= self.options.segment_bytes or now.date() != began.date():
             return 0.0
-        age_s = min(self.options.segment_s, PLAIN_S) if self.options.encryption else self.options.segment_s
-        return max(0.0, age_s - (now - began).total_seconds())
+        return max(0.0, self.options.segment_s - (now - began).total_seconds())
 
     def _rotate(self) -> None:
         self._drop_segment()

@@ -116,6 +116,8 @@ class Deployment(Record, frozen=True):
     limits : GuardLimits
     expires : str
         Time (ISO 8601) after which the champion answers all again; empty: never.
+    came_back : bool
+        Whether the champion is there by a rollback: then those after it are none to go back to.
     """
 
     environment: str
@@ -130,6 +132,7 @@ class Deployment(Record, frozen=True):
     route_by: str = ""
     limits: GuardLimits = GuardLimits()
     expires: str = ""
+    came_back: bool = False
     format: int = 1
 
     def check(self) -> None:

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
+from ..errors import IntegrityError, UsageError
 from ..records import Record
 from ..rows import parse_date
-from .keyring import KeyRing, hash_key_path, hash_value, private_key, ring_path, text_of
+from .keyring import KeyRing, hash_key_path, hash_value, private_key, ring_lock, ring_path, text_of
 from .locks import journal_lock, sync_folder, taken
-from .seal import column_name, parquet_writer, remove_leftovers
+from .seal import column_name, parquet_writer, remove_leftovers, seal_segment
 from .sealed import key_of, open_parquet, origin_of_file, sealed_files
-from .segments import FEEDBACK, Origin, Segment, encode_event, list_segments, open_segments
+from .segments import FEEDBACK, Origin, Segment, encode_event, keys_of_segments, list_segments, open_segments
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -232,23 +233,30 @@ def _read(origin: Origin, column: str, value: Any) -> Any:
 
 # %% ../../../nbs/library/serving/erase.ipynb #d73fd851
 def rekey(folder: Path) -> int:
-    """Encrypt every sealed file with a new key and forget the older ones; return how many files that were.
+    """Encrypt every file of a journal with a new key and forget the older ones; return how many sealed files that were.
 
-    Files that were not encrypted are from now on. When it is killed in between, every file can still be read, and
-    giving the command again completes it.
+    Segments are sealed for it; the key of one that cannot be read is kept. Files that were not encrypted are from now on.
+    When it is killed in between, every file can still be read, and giving the command again completes it.
     """
     with journal_lock(Path(folder)):
         remove_leftovers(folder)
-        ring = KeyRing.load(ring_path(folder)).with_new()
-        ring.save(ring_path(folder))
+        with ring_lock(folder):
+            ring = KeyRing.load(ring_path(folder)).with_new()
+            ring.save(ring_path(folder))
+        for path in list_segments(folder):
+            with suppress(FileNotFoundError, IntegrityError):  # one that is damaged stays where it is, and keeps its key
+                seal_segment(folder, path, ring)
         done = 0
         for path in [*sealed_files(folder, "predictions"), *sealed_files(folder, "feedback")]:
+            done += 1
+            if key_of(path) == ring.current:  # a segment until just now
+                continue
             file = open_parquet(path, ring)
             place = path.with_name(f"{path.name.split('.')[0]}.{ring.current}.parquet")
             with parquet_writer(place, file.schema_arrow, ring, ring.current) as writer:
                 for batch in file.iter_batches():
                     writer.write_batch(batch)
             path.unlink()
-            done += 1
-        ring.only(ring.current).save(ring_path(folder))
+        with ring_lock(folder):
+            ring.only(ring.current, *keys_of_segments(folder)).save(ring_path(folder))
     return done

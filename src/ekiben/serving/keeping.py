@@ -24,7 +24,7 @@ class JournalOptions(Options, frozen=True):
     retention_days : int
         Whole days older than this are removed; 0: never.
     encryption : bool
-        Whether the sealed part is encrypted.
+        Whether its files are encrypted.
     pause_s : float
         async: seconds between two writes.
     queue_bytes : int

@@ -10,6 +10,8 @@ import binascii
 import hmac
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ import msgspec
 
 from ..errors import IntegrityError, ServiceError
 from ..records import Record
+from .locks import locked
 
 # %% auto #0
-__all__ = ['private_key', 'text_of', 'hash_value', 'KeyRing', 'ring_path', 'hash_key_path']
+__all__ = ['private_key', 'text_of', 'hash_value', 'KeyRing', 'ring_path', 'hash_key_path', 'ring_lock', 'ring_for']
 
 # %% ../../../nbs/library/serving/keyring.ipynb #5d43310a
 def private_key(path: Path) -> bytes:
@@ -141,9 +144,9 @@ class KeyRing(Record, frozen=True):
         number = 1 + max((int(name[1:]) for name in self.keys), default=0)
         return KeyRing(keys={**self.keys, f"k{number}": base64.b64encode(os.urandom(32)).decode()})
 
-    def only(self, name: str) -> KeyRing:
-        """Return the ring with a single key."""
-        return KeyRing(keys={name: self.keys[name]})
+    def only(self, *names: str) -> KeyRing:
+        """Return the ring with these keys, as far as it has them."""
+        return KeyRing(keys={name: key for name, key in self.keys.items() if name in names})
 
     def save(self, path: Path) -> None:
         """Write the ring, for its owner only."""
@@ -158,3 +161,36 @@ def ring_path(folder: Path) -> Path:
 def hash_key_path(folder: Path) -> Path:
     """Return where the key of hashes lies: beside the journal, or where ``EKIBEN_PRIVATE_KEY`` says."""
     return Path(os.environ.get("EKIBEN_PRIVATE_KEY") or Path(folder).resolve().parent / "private.key")
+
+# %% ../../../nbs/library/serving/keyring.ipynb #e5181d1c
+@contextmanager
+def ring_lock(folder: Path) -> Iterator[None]:
+    """Let one process at a time take a key for a new file of a journal, or forget keys; nobody holds it for long."""
+    Path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle = os.open(Path(folder) / ".keys.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        with locked(handle):
+            yield
+    finally:
+        os.close(handle)
+
+# %% ../../../nbs/library/serving/keyring.ipynb #c63bdf9a
+def ring_for(folder: Path, encryption: bool) -> KeyRing:
+    """Return the keys for new files, in the `ring_lock`: none when they are not encrypted; a first one is made when there is none yet.
+
+    Raises
+    ------
+    ServiceError
+        When they cannot be read, or a first one cannot be written.
+    """
+    if not encryption:
+        return KeyRing()
+    path = ring_path(folder)
+    try:
+        ring = KeyRing.load(path)
+        if not ring.keys:
+            ring = ring.with_new()
+            ring.save(path)
+    except OSError as exc:
+        raise ServiceError(f"the journal's keys cannot be kept in `{path}`: {exc.strerror}; EKIBEN_JOURNAL_KEYS names their file") from exc
+    return ring

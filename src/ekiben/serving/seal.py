@@ -21,7 +21,7 @@ from ..errors import IntegrityError, RowError
 from ..records import Record
 from ..rows import RowReader
 from .keeping import JournalOptions
-from .keyring import KeyRing, ring_path
+from .keyring import KeyRing, ring_for, ring_lock
 from .locks import journal_lock, sync_folder, taken
 from .segments import FEEDBACK, Origin, Segment, list_segments, remove_expired
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['COMPRESSION', 'ORIGIN', 'DAY_US', 'CHUNK', 'column_name', 'prediction_schema', 'feedback_schema', 'predictions_table',
-           'feedback_table', 'parquet_writer', 'sealed_path', 'seal_segment', 'Sealed', 'seal_journal', 'ring_for',
+           'feedback_table', 'parquet_writer', 'sealed_path', 'seal_segment', 'Sealed', 'seal_journal',
            'remove_leftovers', 'main']
 
 # %% ../../../nbs/library/serving/seal.ipynb #b7472bff
@@ -260,7 +260,8 @@ def seal_journal(folder: Path, options: JournalOptions | None = None, *, only_cl
     problems: list[str] = []
     with journal_lock(folder):
         remove_leftovers(folder)
-        ring = ring_for(folder, options.encryption)
+        with ring_lock(folder):
+            ring = ring_for(folder, options.encryption)
         for path in list_segments(folder):
             try:
                 if only_closed and path.suffix != ".closed" and time.time() - path.stat().st_mtime < options.segment_s:
@@ -272,17 +273,6 @@ def seal_journal(folder: Path, options: JournalOptions | None = None, *, only_cl
             predictions, feedback, done = predictions + more[0], feedback + more[1], done + 1
         expired = remove_expired(folder, options.retention_days)
     return Sealed(segments=done, predictions=predictions, feedback=feedback, expired=expired, problems=problems)
-
-
-def ring_for(folder: Path, encryption: bool) -> KeyRing:
-    """Return the keys for new files; none when they are not encrypted; a first one is made when there is none yet."""
-    if not encryption:
-        return KeyRing()
-    ring = KeyRing.load(ring_path(folder))
-    if not ring.keys:
-        ring = ring.with_new()
-        ring.save(ring_path(folder))
-    return ring
 
 
 def remove_leftovers(folder: Path) -> None:

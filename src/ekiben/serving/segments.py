@@ -5,11 +5,12 @@
 # %% ../../../nbs/library/serving/segments.ipynb #5af9254f
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,16 @@ import msgspec
 
 from ..errors import IntegrityError
 from ..records import Record, Schema
+from .cipher import Cipher
+from .keyring import KeyRing, ring_for, ring_lock, ring_path
 from .locks import locked, sync_folder
 
 # %% auto #0
-__all__ = ['MAGIC', 'HEAD', 'PREDICTION', 'FEEDBACK', 'frame', 'split_frames', 'Origin', 'origin_of', 'SegmentWriter', 'Segment',
-           'encode_event', 'list_segments', 'open_segments', 'remove_expired']
+__all__ = ['MAGIC', 'VEILED', 'HEAD', 'PREDICTION', 'FEEDBACK', 'frame', 'split_frames', 'Origin', 'origin_of', 'SegmentWriter',
+           'Segment', 'encode_event', 'list_segments', 'open_segments', 'keys_of_segments', 'remove_expired']
 
 # %% ../../../nbs/library/serving/segments.ipynb #c8fb4a70
-MAGIC = b"EKJ1"
+MAGIC, VEILED = b"EKJ1", b"EKJ2"
 HEAD = struct.Struct("<II")
 
 
@@ -105,23 +108,43 @@ class SegmentWriter:
     folder : Path
         The journal.
     origin : Origin
+    encryption : bool
+        Whether its records are encrypted, with the current key of the journal's ring.
 
     Attributes
     ----------
     path : Path
     size : int
-        Bytes that are surely in it.
+        Bytes that are surely in it; 0 before the first record.
     """
 
-    def __init__(self, folder: Path, origin: Origin) -> None:
+    def __init__(self, folder: Path, origin: Origin, *, encryption: bool = False) -> None:
         place = Path(folder) / "segments"
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.began = datetime.now(UTC)
         self.path = place / f"{self.began:%Y%m%dT%H%M%S}-{os.getpid()}-{secrets.token_hex(4)}.seg"
         self.size = 0
-        self._head = MAGIC + frame(origin.to_json())
+        self._hide: Callable[[bytes], bytes] = bytes
+        self._head = MAGIC
+        if encryption:
+            with ring_lock(folder):  # the name of the key is in the file before anybody can forget it
+                cipher = Cipher(ring_for(folder, encryption))
+                self._hide, self._head = cipher.hide, b""
+                self._open(VEILED + frame(cipher.head))
+        else:
+            self._open(b"")
+        self._head += frame(self._hide(origin.to_json()))
+
+    def _open(self, start: bytes) -> None:
         self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
-        self._own = os.fstat(self._handle).st_ino
+        self._own, self._start = os.fstat(self._handle).st_ino, len(start)
+        try:
+            while start:
+                start = start[os.write(self._handle, start) :]
+        except OSError:
+            os.close(self._handle)
+            self.path.unlink(missing_ok=True)
+            raise
 
     def append(self, records: Iterable[bytes], *, sync: bool = False) -> bool:
         """Write records; return False, with nothing written, when the file was taken away.
@@ -137,7 +160,7 @@ class SegmentWriter:
         OSError
             When the disk refuses; what was written of these records is taken back.
         """
-        raw = b"".join([self._head if not self.size else b"", *map(frame, records)])
+        raw = b"".join([self._head if not self.size else b"", *(frame(self._hide(record)) for record in records)])
         with locked(self._handle):
             if not self._is_there():
                 return False
@@ -151,9 +174,9 @@ class SegmentWriter:
                         sync_folder(self.path.parent)
                         sync_folder(self.path.parent.parent)
             except OSError:
-                os.ftruncate(self._handle, self.size)
+                os.ftruncate(self._handle, self.size or self._start)
                 raise
-        self.size += len(raw)
+        self.size = (self.size or self._start) + len(raw)
         return True
 
     def _is_there(self) -> bool:
@@ -182,16 +205,28 @@ class Segment:
         Bytes after the last good frame.
     is_damaged : bool
         Whether these are more than a write that was cut off: a whole frame that was changed, and others after it.
+    cipher : Cipher or None
+        None: its records are not encrypted.
+
+    Raises
+    ------
+    IntegrityError
+        When its key is not in the ring.
     """
 
-    def __init__(self, raw: bytes) -> None:
-        found, end = split_frames(raw[len(MAGIC) :]) if raw.startswith(MAGIC) else ([], 0)
+    def __init__(self, raw: bytes, ring: KeyRing | None = None) -> None:
+        is_ours = raw.startswith((MAGIC, VEILED))
+        frames, end = split_frames(raw[len(MAGIC) :]) if is_ours else ([], 0)
+        self.cipher = Cipher.of(frames[0], ring or KeyRing()) if frames and raw.startswith(VEILED) else None
+        found, is_changed = (frames, False) if self.cipher is None else _shown(self.cipher, frames[1:])
+        if is_changed:
+            end = sum(HEAD.size + len(one) for one in frames[: 1 + len(found)])
         self.origin = Origin.from_json(found[0]) if found else None
         self.records = found[1:]
-        self.torn = len(raw) - len(MAGIC) - end if found else len(raw)
+        self.torn = len(raw) - len(MAGIC) - end if frames else len(raw)
         rest = raw[len(MAGIC) + end :]
-        is_cut = not raw.startswith(MAGIC) or len(rest) <= HEAD.size or HEAD.size + HEAD.unpack_from(rest)[0] >= len(rest)
-        self.is_damaged = any(rest) and (not is_cut or not raw.startswith(MAGIC))
+        is_cut = not is_ours or len(rest) <= HEAD.size or HEAD.size + HEAD.unpack_from(rest)[0] >= len(rest)
+        self.is_damaged = is_changed or (any(rest) and (not is_cut or not is_ours))
         if self.origin is not None and self.origin.format != 1:
             raise IntegrityError(f"a segment of the journal has format {self.origin.format}; this ekiben reads format 1")
 
@@ -199,18 +234,36 @@ class Segment:
     def read(cls, path: Path) -> Segment:
         """Read a file, also when its writer closes it just then."""
         try:
-            return cls(path.read_bytes())
+            raw = path.read_bytes()
         except FileNotFoundError:
-            return cls(path.with_suffix(".closed").read_bytes())
+            raw = path.with_suffix(".closed").read_bytes()
+        return cls(raw, KeyRing.load(ring_path(path.parent.parent)) if raw.startswith(VEILED) else None)
 
     def to_bytes(self) -> bytes:
-        """Return a segment without the torn part."""
-        return MAGIC + b"".join(map(frame, [self.origin.to_json(), *self.records])) if self.origin else b""
+        """Return a segment without the torn part, encrypted under the same key of the ring as before."""
+        if self.origin is None:
+            return b""
+        records = [self.origin.to_json(), *self.records]
+        if self.cipher is None:
+            return MAGIC + b"".join(map(frame, records))
+        cipher = Cipher(self.cipher.ring, self.cipher.name)
+        return VEILED + b"".join(map(frame, [cipher.head, *map(cipher.hide, records)]))
 
     def events(self) -> Iterator[tuple[Any, ...]]:
         """Yield ``(0, time_us, ids, rows, keys, answers)`` for each answered request and ``(1, time_us, id, label)`` for feedback."""
         for record in self.records:
             yield tuple(msgspec.msgpack.decode(record))
+
+
+def _shown(cipher: Cipher, frames: Iterable[bytes]) -> tuple[list[bytes], bool]:
+    """Return the records up to the first that was changed, and whether there is such a one."""
+    found = []
+    for one in frames:
+        try:
+            found.append(cipher.show(one))
+        except IntegrityError:
+            return found, True
+    return found, False
 
 # %% ../../../nbs/library/serving/segments.ipynb #813445b5
 PREDICTION, FEEDBACK = 0, 1
@@ -249,6 +302,18 @@ def open_segments(folder: Path) -> Iterator[tuple[str, Segment]]:
             yield path.stem, Segment.read(path)
         except FileNotFoundError:
             continue
+
+# %% ../../../nbs/library/serving/segments.ipynb #072769ef
+def keys_of_segments(folder: Path) -> set[str]:
+    """Return the names of the keys that a journal's segments are encrypted with."""
+    names = set()
+    for path in list_segments(folder):
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            start = file.read(1024)
+            frames, _ = split_frames(start[len(VEILED) :])
+            if start.startswith(VEILED) and frames:
+                names.add(str(msgspec.json.decode(frames[0])["key"]))
+    return names
 
 # %% ../../../nbs/library/serving/segments.ipynb #a03b2825
 def remove_expired(folder: Path, days: int) -> int:
