@@ -309,7 +309,7 @@ def test_a_damaged_file_of_its_day_is_said(project, capsys):
     path = next((project.journal / "sealed" / "predictions").rglob("*.parquet"))
     path.write_bytes(path.read_bytes()[:-40])
     code, said = printed(capsys, "trace", id_, "--project", project.root)
-    assert code == 1 and "damaged" in said or "could not be searched" in said
+    assert code == 1 and ("damaged" in said or "could not be searched" in said)
 
 
 def test_the_time_of_an_id_is_read_from_it():
@@ -339,3 +339,34 @@ def test_the_cell_that_made_the_model_is_found(tmp_path, sources, expected):
 
 def test_layout_is_where_the_tests_put_it(project):
     assert (Layout(project.root).report(RUN) / "run.json").is_file()
+
+
+# ------------------------------------------------------------------------------------------------ a project, for real
+
+
+@pytest.mark.slow
+def test_a_real_prediction_leads_to_a_run_that_is_made_again_with_the_same_figures(tmp_path, monkeypatch):
+    import test_projects as real
+    from ekiben.ledger import read, verify
+
+    monkeypatch.setenv("EKIBEN_CONFIG", str(tmp_path / "config"))
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
+    root = tmp_path / "credit"
+    real.ekiben("new", str(root), "--data", "simulated:credit?rows=2000", "--target", "default", "--private", "postcode", cwd=tmp_path)
+    real.edit_settings(root, ("# trials = 0", "trials = 2"))
+    run = real.run_project(root)
+    assert run["status"] == "done" and run["model"]["alias"] == "champion"
+    with real.serving(root) as url:
+        rows = real.example_rows(url)
+        answer = real.predict(url, rows[:1])[0]
+    found = json.loads(real.ekiben("trace", answer["id"], "--json", cwd=root).stdout)
+    links = {link["name"]: link for link in found["links"]}
+    assert {name for name, link in links.items() if link["state"] != "holds"} == set()
+    assert links["run"]["title"] == run["run_id"] and links["notebook"]["facts"]["step"] == "tune" and links["notebook"]["facts"]["line"]
+    assert found["reasons"]["is_same"] and found["prediction"]["output"]["probability"] == answer["probability"]
+    assert [e.what for e in read(root)] == ["key", "registration", "promotion", "run"] and verify(root).key
+    real.ekiben("export", "card", cwd=root)
+    again = json.loads(real.ekiben(*found["next"].split()[1:], "--json", cwd=root).stdout)
+    figures = [match for match in again["matches"] if match["kind"] == "figure" and match["verdict"] != "varies"]
+    assert len(figures) > 20 and all(match["verdict"] == "identical" for match in figures)
+    assert verify(root).count == 5 and read(root)[-1].what == "export"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from bundles import make_project
+from bundles import make_project, make_schema
 from ekiben.accounted import account_release
 from ekiben.files import write_whole
 from ekiben.records import Judgement, Measure
@@ -141,13 +141,13 @@ def _run(layout: Layout, store: Store, commit: str, task: str) -> None:
         cells = [{"cell_type": "markdown", "metadata": {}, "source": f"# {name}"}]
         cells += [{"cell_type": "code", "metadata": {}, "source": source, "outputs": []} for source in sources]
         write_whole(folder / f"{name}.ipynb", json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}).encode())
-    model, schema = store.put({"trees": 20}), store.put({"columns": 9})
+    model, schema = store.put({"trees": 20}), store.put(make_schema(task))
     outputs = {"prepare": {"schema": schema}, "tune": {"model": model}, "audit": {"model": model}}
     steps = []
     for name, kept in outputs.items():
         result = StepResult(step=name, run_id=RUN, started="2026-07-01T10:15:00+00:00", status="done", outputs=kept)
         write_whole(layout.result(RUN, name), result.to_json())
-        steps.append(StepRun(name=name, status="ran", made_in=RUN, notebook=f"reports/runs/{RUN}/{[c for c in CELLS if c.endswith(name)][0]}.ipynb"))
+        steps.append(StepRun(name=name, status="ran", made_in=RUN, notebook=f"reports/runs/{RUN}/{next(c for c in CELLS if c.endswith(name))}.ipynb"))
     code = store.put({"code": 1}).digest
     gate = Judgement(
         name="auc >= 0.8", metric="auc", slice="", op=">=", limit=0.8, value=0.9, low=0.88, high=0.92, verdict="pass", blocking=True
@@ -160,5 +160,5 @@ def _run(layout: Layout, store: Store, commit: str, task: str) -> None:
             measures=[Measure(name="auc", value=0.9, low=0.88, high=0.92, rows=120)], gates=[gate],
             model={"name": "census", "version": "3", "alias": "champion", "runtime": "lightgbm"}, code={"src/census/a.py": code},
             settings={"evaluate": {"intended_use": "to advise", "contact": "team@example.org"}},
-        ),  # fmt: skip
+        ),
     )

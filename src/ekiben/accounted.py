@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from ekiben.erasure import Erasure
 
 # %% auto #0
-__all__ = ['metrics_digest', 'account_run', 'describe_git', 'account_gates', 'account_release', 'account_key', 'account_erasure']
+__all__ = ['metrics_digest', 'account_run', 'describe_git', 'account_gates', 'is_about', 'account_release', 'account_key',
+           'account_erasure']
 
 # %% ../../nbs/library/accounted.ipynb #b4f50f52
 def metrics_digest(metrics: Mapping[str, float]) -> str:
@@ -83,7 +84,15 @@ def account_gates(root: Path, run_id: str, judged: Iterable[Judgement], waivers:
         elif is_new and gate.blocking and gate.verdict == "fail" and not gate.waived:
             append(root, "gate", why=gate.note, run=run_id, **figures)
 
-# %% ../../nbs/library/accounted.ipynb #983e79ed
+# %% ../../nbs/library/accounted.ipynb #fb091683
+def is_about(entry: Entry, name: str, version: str) -> bool:
+    """Whether an entry speaks of this version of this model: released, deployed, approved, rolled back from it or to it."""
+    facts = entry.facts
+    own = facts.get("model") or facts.get("name")
+    own = own.get("name") if isinstance(own, dict) else own
+    return bool(version) and own == name and version in (str(facts.get("version", "")), str(facts.get("back_to", "")))
+
+# %% ../../nbs/library/accounted.ipynb #df22d40c
 def account_release(
     root: Path, *, name: str, version: str, digest: str, alias: str, replaces: str, why: str, is_new: bool, **facts: Any
 ) -> list[Entry]:
@@ -110,12 +119,12 @@ def account_release(
     """
     known: list[Entry] = []
     with contextlib.suppress(IntegrityError):  # a damaged ledger is said by `verify`; what happened is entered all the same
-        known = [e for e in read(root) if e.facts.get("model") == name and str(e.facts.get("version")) == version]
+        known = [e for e in read(root) if is_about(e, name, version)]
     said = {"model": name, "version": version, "digest": digest, **facts}
     made = []
     if is_new or not any(entry.what == "registration" for entry in known):
         made.append(append(root, "registration", **said))
-    moves = [entry for entry in known if entry.what in ("promotion", "rollback") and entry.facts.get("alias") == alias]
+    moves = [entry for entry in known if entry.what in ("promotion", "rollback") and entry.facts.get("alias", "champion") == alias]
     if replaces or not moves:
         made.append(append(root, "promotion", why=why, alias=alias, replaces=replaces, **said))
     return made

@@ -105,13 +105,18 @@ def ledger_table(entries: list[Entry]) -> Table:
         table.add_row(str(entry.number), when, Text(entry.who), Text(entry.what, COLOURS.get(entry.what, "")), Text(about(entry)), Text(entry.why))
     return table
 
-# %% ../../../nbs/library/commands/accounts.ipynb #8a729c8a
+# %% ../../../nbs/library/commands/accounts.ipynb #7503778e
 TOLD = {
     "run": ("run", "status", "steps"),
     "gate": ("gate", "value", "verdict", "run"),
     "waiver": ("gate", "value", "verdict", "run"),
     "registration": ("model", "version", "run"),
-    "promotion": ("model", "version", "alias", "replaces"),
+    "promotion": ("model", "name", "version", "alias", "environment", "replaces", "before"),
+    "rollout": ("name", "version", "environment", "mode", "share", "number"),
+    "rollback": ("name", "version", "back_to", "environment", "number"),
+    "request": ("name", "version", "environment"),
+    "approval": ("name", "version", "environment"),
+    "export": ("model", "version", "run"),
     "key": ("change", "kind", "name", "id", "roles"),
     "erasure": ("column", "predictions", "feedback", "tables"),
 }

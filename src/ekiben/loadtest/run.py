@@ -15,6 +15,7 @@ from typing import Any
 
 from msgspec import structs
 
+from ..accounted import account_gates
 from ..errors import EkibenError, RegistryError, UsageError
 from ..gates import Gate, is_service_metric, judge
 from .client import load_service
@@ -206,6 +207,8 @@ def run_loadtest(
             say(f"warning: {exc}")  # the verdict stands: it is in run.json
     bad = {"fail", "insufficient"} if settings and settings.gates.insufficient == "block" else {"fail"}
     stops = [g for g in test.gates if g.blocking and not g.waived and g.verdict in bad]
+    if settings:
+        account_gates(root, run.run_id if run else "", test.gates, {})
     return test, page, 3 if stops else 0
 
 # %% ../../../nbs/library/loadtest/run.ipynb #8c22f73e
