@@ -493,6 +493,19 @@ def test_a_lease_that_nobody_renews_ends(place):
     assert versions(ask(place.open(), [1])) == ["4"], "a lease that holds is heard after a restart"
 
 
+def test_a_lease_that_is_renewed_goes_on_and_is_no_event(place):
+    for seconds in (30, 60, 90):
+        place.deploy("3", "4", expires=(datetime.now(UTC) + timedelta(seconds=seconds)).isoformat())
+        if seconds == 30:
+            state = place.open()
+        until(state, place.number)
+        ask(state, range(10))
+    assert place.events() == ["loaded"] and sum(arm.requests for arm in state.hosting.status().arms.values()) == 30
+    place.deploy("3", "4", share=0.9, expires=(datetime.now(UTC) + timedelta(seconds=60)).isoformat())
+    until(state, 4)
+    wait(lambda: place.events() == ["loaded", "loaded"])
+
+
 def test_a_lease_that_ended_while_nothing_ran_is_over(place):
     place.deploy("3", "4", share=1.0, expires=(datetime.now(UTC) - timedelta(seconds=1)).isoformat())
     state = place.open()

@@ -4239,6 +4239,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'ekiben/serving/hosting.py'),
                                         'ekiben.serving.hosting._is_over': ( 'library/serving/hosting.html#_is_over',
                                                                              'ekiben/serving/hosting.py'),
+                                        'ekiben.serving.hosting._is_renewal': ( 'library/serving/hosting.html#_is_renewal',
+                                                                                'ekiben/serving/hosting.py'),
                                         'ekiben.serving.hosting._said': ('library/serving/hosting.html#_said', 'ekiben/serving/hosting.py'),
                                         'ekiben.serving.hosting._stamp': ( 'library/serving/hosting.html#_stamp',
                                                                            'ekiben/serving/hosting.py')},

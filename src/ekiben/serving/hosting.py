@@ -56,7 +56,7 @@ class Host(Protocol):
     def answered(self) -> tuple[int, int, int]:
         """Return how many predictions were answered, their rows, and how many failed."""
 
-# %% ../../../nbs/library/serving/hosting.ipynb #e6b0ebc5
+# %% ../../../nbs/library/serving/hosting.ipynb #abe9ad45
 class Hosting:
     """Keeps a process at what its deployment says.
 
@@ -224,7 +224,7 @@ class Hosting:
                 hosted.journal.close()
             raise
         with self._lock:
-            before, gone = self.split, dict(self._live)
+            before, gone, last = self.split, dict(self._live), self.deployment
             why = self._why_not(deployment)  # it may have fallen while it was loaded
             challenger = None if why else challenger
             self.split = Split(champion, challenger, deployment, self.fall_back, before) if challenger is not None else None
@@ -240,10 +240,14 @@ class Hosting:
             left = [hosted for hosted in gone.values() if hosted not in self._live.values()]
             self._leaving.add(left, before if is_other else None)
             self._newest = max(self._newest, (deployment.number, raw))
+            unused = [hosted for hosted in fresh if hosted not in self._live.values()]
+        for hosted in unused:
+            hosted.journal.close()
         version = deployment.challenger.version if challenger is not None and deployment.challenger else champion.version
         if not is_again or not refused:
             self.log.accept(raw)
-            self.log.add("loaded", deployment.number, version, _said(deployment, self.split))
+            if is_start or last is None or not _is_renewal(last, deployment):
+                self.log.add("loaded", deployment.number, version, _said(deployment, self.split))
         if why and deployment.challenger is not None and deployment.number not in self.log.fallen:
             self.log.fall("expired" if _is_over(deployment) else "rolled_back", deployment.number, deployment.challenger.version, why)
         if refused:
@@ -373,7 +377,7 @@ class Hosting:
         self.host.describe()
         self.say()
 
-# %% ../../../nbs/library/serving/hosting.ipynb #37880d47
+# %% ../../../nbs/library/serving/hosting.ipynb #f5b8718d
 def _stamp(path: Path) -> tuple[int, ...]:
     """Return what is different when a file was replaced; empty: there is none."""
     try:
@@ -381,6 +385,12 @@ def _stamp(path: Path) -> tuple[int, ...]:
     except OSError:
         return ()
     return said.st_ino, said.st_size, said.st_mtime_ns
+
+
+def _is_renewal(last: Deployment, deployment: Deployment) -> bool:
+    """Return whether nothing is new but that it holds for longer: a controller signs that every few seconds."""
+    later = {name: getattr(deployment, name) for name in ("number", "at", "by", "why", "expires")}
+    return bool(deployment.expires) and msgspec.structs.replace(last, **later) == deployment
 
 
 def _is_over(deployment: Deployment) -> bool:

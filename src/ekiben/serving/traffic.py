@@ -23,7 +23,7 @@ logger = logging.getLogger("ekiben.serving")
 # %% auto #0
 __all__ = ['logger', 'EVERY_S', 'IDLE_S', 'COUNTED', 'TrafficLog', 'read_traffic']
 
-# %% ../../../nbs/library/serving/traffic.ipynb #b59300dc
+# %% ../../../nbs/library/serving/traffic.ipynb #87e6aad6
 EVERY_S, IDLE_S = 10.0, 60.0
 COUNTED = ("/predict", "/explain", "/feedback")
 
@@ -51,7 +51,10 @@ class TrafficLog:
 
     def _write_on(self) -> None:
         while not self._stop.wait(EVERY_S):
-            self.write(is_due=time.monotonic() - self._since >= IDLE_S)
+            try:
+                self.write(is_due=time.monotonic() - self._since >= IDLE_S)
+            except Exception:  # one line is lost, and the next one tells it too
+                logger.exception("a line about the traffic could not be written")
 
     def _snapshot(self) -> Counter[tuple[str, Any]]:
         told, seen = self.telemetry, Counter[tuple[str, Any]]()
