@@ -241,6 +241,23 @@ def test_versions_are_counted_apart_and_shadow_answers_not_at_all(served: Callab
         run_cells(project.root, version="9")
 
 
+def test_the_bundle_is_found_in_its_bento_when_nothing_is_deployed(
+    served: Callable[..., Served], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from ekiben.monitor.model import find_bundle
+    from ekiben.serving.served import Served as Packaged
+
+    project = served()
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
+    older = tmp_path / "bentoml/bentos/loans/old/src/bundle"
+    shutil.move(project.root / ".ekiben/deployments/production/bundles/made", older)
+    shutil.rmtree(project.root / ".ekiben/deployments")
+    Packaged.path(project.root).write_bytes(Packaged(bento="loans:new", name="loans", version="4", digest="").to_json())
+    assert find_bundle(project.root, "3").digest == project.bundle.digest, "an older Bento of the same name has it"
+    with pytest.raises(UsageError, match="no bundle of version `4`"):
+        find_bundle(project.root, "4")
+
+
 def test_a_declared_limit_that_is_missed_alerts(served: Callable[..., Served]) -> None:
     project = served(gates="[gates]\ngates =\n    auc >= 0.95\n")
     rows = people(1500, 21)
@@ -269,6 +286,38 @@ def test_a_bundle_from_before_there_was_a_reference_is_still_looked_at(served: C
     project.serve(rows, truth_of(rows, "binary", 23), end=time.time() - 5)
     report = run_cells(project.root)
     assert report.is_quiet and report.quality.measures and report.quality.estimated == [] == report.quality.reference and report.drift
+
+
+def test_an_encrypted_journal_is_read_and_its_rows_are_one_line_of_python_away(served: Callable[..., Served], capsys: Any) -> None:
+    project = served()
+    text = (project.root / "settings.ini").read_text()
+    (project.root / "settings.ini").write_text(text.replace("[monitor]", "[serve]\nencryption = yes\n\n[monitor]"))
+    rows = people(1500, 28)
+    project.serve(changed(rows, age=rows["age"] + 20), end=time.time() - 5)
+    alert = next(a for a in run_cells(project.root).alerts if a.column == "age")
+    assert list((project.root / ".ekiben/journal/sealed").rglob("*.parquet")) and "open_journal" in alert.rows
+    before = Path.cwd()
+    os.chdir(project.root)
+    try:
+        capsys.readouterr()
+        exec(alert.rows, {})
+    finally:
+        os.chdir(before)
+    assert "20 rows" in capsys.readouterr().out
+
+
+def test_a_silent_service_alerts_where_rows_are_expected_and_a_damaged_part_is_said(served: Callable[..., Served]) -> None:
+    project = served(monitor="expect_rows = 1000\n")
+    project.serve(people(300, 29), end=time.time() - 50_000, seconds=20_000)
+    project.serve(people(20, 30), end=time.time() - 5, seconds=10)
+    segment = next((project.root / ".ekiben/journal/segments").glob("*.closed"))
+    raw = bytearray(segment.read_bytes())
+    raw[len(raw) // 2] ^= 0xFF
+    segment.write_bytes(bytes(raw))
+    report = run_cells(project.root)
+    (alert,) = [a for a in report.alerts if a.kind == "traffic"]
+    assert alert.limit == 1000 and alert.value == report.traffic.rows < 400
+    assert any("is not seen" in note and "damaged" in note for note in report.notes)
 
 
 # ---- groups of people
@@ -422,12 +471,12 @@ def test_its_interval_holds_what_is_told_later_as_often_as_it_says() -> None:
     assert hits >= 52  # 57 expected of 60 at 95 %
 
 
-def test_a_million_rows_are_estimated_in_a_second_and_values_say_nothing_of_their_errors() -> None:
+def test_a_million_rows_are_estimated_in_seconds_and_values_say_nothing_of_their_errors() -> None:
     p = np.random.default_rng(0).random(1_000_000)
     means = np.linspace(0.05, 0.95, 10)
-    began = time.monotonic()
+    began = time.process_time()  # of this process: what else the machine does is not counted
     found = estimate_quality(p, (p > 0.5).astype(int), "binary", held_out(means, means))
-    assert time.monotonic() - began < 5 and found[0].rows == 1_000_000
+    assert time.process_time() - began < 5 and found[0].rows == 1_000_000
     assert estimate_quality(p, p, "regression", held_out(means, means)) == [] == estimate_quality(p, p > 1, "binary", None)
 
 
@@ -737,30 +786,45 @@ def test_an_old_report_is_refused_and_a_report_survives_json() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_looks_while_a_service_writes_and_says_how_it_went(tmp_path: Path) -> None:
-    import subprocess
-    import sys
+def test_a_new_project_is_run_served_and_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import urllib.request
 
-    from ekiben.serving.journal import Journal, new_ids
-    from ekiben.serving.segments import origin_of
+    import pyarrow.csv
+    from test_projects import edit_settings, ekiben, predict, run_project, serving
 
-    project = make_served(tmp_path / "loans", monitor="alert_file = alerts.jsonl")
-    rows = people(1500, 41)
-    project.serve(changed(rows, age=rows["age"] + 20), end=time.time() - 5)
-    journal = Journal(project.root / ".ekiben/journal", origin_of(project.schema, ["age", "debt", "job"], {"name": "loans", "version": "3", "bento": ""}))
-    journal.predictions(new_ids(1), [{"age": 1, "debt": 1, "job": "clerk", "customer": "x"}], [{"label": "no", "probability": 0.1}])
-    journal.flush()
-    program = [str(Path(sys.executable).with_name("ekiben")), "monitor", "--project", str(project.root)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run([*program, "--json"], capture_output=True, text=True, check=False, env=env, cwd=tmp_path)
-    assert done.returncode == 3, done.stderr
-    report = MonitorReport.from_json(done.stdout)
-    assert "age" in {a.column for a in report.alerts}
-    journal.predictions(new_ids(1), [{"age": 1, "debt": 1, "job": "clerk", "customer": "x"}], [{"label": "no", "probability": 0.1}])
-    journal.close()  # it went on writing, into another segment
-    folder = project.root / "reports/monitor" / report.id
-    page = (folder / "06_monitor.html").read_text()
-    assert "What alerts" in page and "<img" in page and (folder / NOTEBOOK).is_file() and "UserWarning" not in page
-    wrong = subprocess.run([*program, "--version", "77"], capture_output=True, text=True, check=False, env=env)
-    assert wrong.returncode == 2 and "version `77` answered no row" in wrong.stderr and wrong.stderr.count("\n") == 1
-    assert not list((project.root / ".ekiben" / "runs").glob("monitor-*"))
+    from ekiben.data.credit import simulate_credit
+
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
+    pyarrow.csv.write_csv(simulate_credit("simulated:credit?rows=4000"), tmp_path / "loans.csv")
+    ekiben("new", "loans", "--data", "loans.csv", "--target", "default", cwd=tmp_path)
+    root = tmp_path / "loans"
+    assert "# since = 24h" in (root / "settings.ini").read_text()
+    told = run_project(root, "-p", "tune.budget_s=4", "-p", "evaluate.resamples=200", "-p", "evaluate.stress_rows=300")
+    assert [s["name"] for s in told["steps"]] == ["prepare", "tune", "audit", "evaluate", "package"], "no run looks at the journal"
+    ekiben("monitor", cwd=root, code=2)
+    rows = [
+        {k: v.isoformat() if hasattr(v, "isoformat") else v for k, v in row.items()}
+        for row in simulate_credit("simulated:credit?rows=1200&seed=9").to_pylist()
+    ]
+    with serving(root) as url:
+        for first in range(0, len(rows), 200):
+            part = rows[first : first + 200]
+            for answer, row in zip(predict(url, part), part, strict=True):
+                body = json.dumps({"id": answer["id"], "label": str(row["default"])}).encode()
+                request = urllib.request.Request(f"{url}/feedback", body, {"content-type": "application/json"})
+                urllib.request.urlopen(request, timeout=30).close()
+        quiet = MonitorReport.from_json(ekiben("monitor", "--json", "--since", "1h", "-p", "false_alarms=0.001", cwd=root).stdout)
+        assert quiet.window.rows == quiet.window.labelled == 1200 and quiet.quality.reference and quiet.quality.measures
+        assert quiet.model.version == told["model"]["version"] and quiet.quality.estimated_labelled
+        number = next(d.column for d in quiet.drift if d.kind == "number" and not d.column.startswith("prediction"))
+        for _ in range(6):
+            predict(url, [{**row, number: None} for row in rows[:200]])
+        loud = MonitorReport.from_json(ekiben("monitor", "--json", "--since", "1h", cwd=root, code=3).stdout)
+        wrong = ekiben("monitor", "--version", "77", cwd=root, code=2).stderr
+    assert [a.kind for a in loud.alerts if a.column == number] == ["missing"]
+    assert "version `77` answered no row" in wrong and wrong.count("\n") == 1
+    page = (root / "reports" / "monitor" / loud.id / "06_monitor.html").read_text()
+    assert "What alerts" in page and "<img" in page and "Warning" not in page
+    assert not list((root / ".ekiben" / "runs").glob("monitor-*")), "what an execution leaves behind goes with it"
+    edit_settings(root, ("# since = 24h", "since = 30m"))
+    assert load_settings(root, env={}).steps["monitor"]["since"] == "30m"

@@ -14,7 +14,7 @@ from .counting import Counts
 from .drift import ColumnDrift
 from .records import DriftSeen, InputQuality
 from ..profile import ColumnProfile, Profile
-from ..serving.drifting import psi
+from ..serving.drifting import psi, psi_noise
 from ..serving.seal import column_name
 
 # %% auto #0
@@ -53,10 +53,13 @@ LEAST = 50  # rows of a part below which its index is more chance than drift
 
 
 def index_by_part(column: ColumnProfile, counts: Counts) -> list[float | None]:
-    """Return the population stability index of each part of the window; None for fewer than ``LEAST`` rows."""
+    """Return by how much the population stability index of each part exceeds chance; None for fewer than ``LEAST`` rows.
+
+    What one part in a hundred exceeds without drift is taken off: a quiet window is a quiet picture.
+    """
     reference = np.array([*column.counts, column.missing], dtype=np.float64)
-    bins = counts.bins[column.name]
-    return [round(psi(reference, part), 6) if part.sum() >= LEAST else None for part in bins.astype(np.float64)]
+    bins = counts.bins[column.name].astype(np.float64)
+    return [round(max(0.0, psi(reference, part) - psi_noise(reference, part)), 6) if part.sum() >= LEAST else None for part in bins]
 
 
 def drift_seen(profile: Profile, drifts: Iterable[ColumnDrift], counts: Counts) -> list[DriftSeen]:

@@ -136,7 +136,7 @@ class Look:
         """
         if self.reference is None:
             return {}
-        block_s = max(60.0, (self.end - self.begin).total_seconds() / self.parts)
+        block_s = max(1.0, (self.end - self.begin).total_seconds() / self.parts)
         starts, *sums = losses_told(self.db, self.schema, version=self.version, until=self.end, block_s=block_s)
         if not len(starts):
             return {}

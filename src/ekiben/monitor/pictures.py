@@ -111,8 +111,7 @@ def draw_quality(quality: Quality, names: Sequence[str], limits: dict[str, float
         estimated = _over_time(quality.estimated_parts, name)
         if estimated:
             ax.plot([at for at, _ in estimated], [m.value for _, m in estimated], linestyle=(0, (4, 2)), color=WARN, linewidth=1.4)
-            ax.annotate("expected without labels", (estimated[0][0], estimated[0][1].value), xytext=(0, 5), textcoords="offset points",
-                        fontsize=7.5, color=WARN)  # fmt: skip
+            ax.annotate("dashed: expected without labels", (1.0, 1.03), xycoords="axes fraction", ha="right", fontsize=7.5, color=WARN)
         told = _over_time(quality.parts, name)
         for at, m in told:
             ax.plot([at, at], [np.nan if m.low is None else m.low, np.nan if m.high is None else m.high], color=ACCENT, alpha=0.4, linewidth=2.2)
@@ -132,7 +131,7 @@ def _over_time(parts: Sequence[Part], name: str) -> list[tuple[datetime, Measure
 
 # %% ../../../nbs/library/monitor/pictures.ipynb #60bcf41a
 def draw_drift(drifts: Sequence[DriftSeen], since: str, until: str, *, most: int = 24) -> Figure:
-    """Draw the population stability index of every column and part of the window.
+    """Draw by how much the population stability index of every column exceeds chance, part by part of the window.
 
     Parameters
     ----------
@@ -168,7 +167,7 @@ def draw_drift(drifts: Sequence[DriftSeen], since: str, until: str, *, most: int
     bar.set_ticks([0.0, 0.1**0.5, 0.25**0.5, 1.0], labels=["0", "0.1", "0.25", "1"])
     bar.outline.set_visible(False)  # type: ignore[operator]
     bar.ax.tick_params(labelsize=7, length=0)
-    ax.set_title("Distance from training (population stability index)")
+    ax.set_title("Distance from training, beyond chance (population stability index)")
     return figure
 
 

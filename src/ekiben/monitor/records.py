@@ -145,7 +145,7 @@ class DriftSeen(Record, frozen=True):
     where : str
         SQL condition for the rows that show it most.
     parts : list of float or None
-        The index in each part of the window; None where it had no rows.
+        By how much the index of each part of the window exceeds chance; None where it had too few rows.
     """
 
     column: str

@@ -251,14 +251,14 @@ def write_looks(folder: Path, most: int = 200) -> Path:
         said = "; ".join(dict.fromkeys(f"{a.kind} {a.column}".strip() for a in seen.alerts))
         rows.append(
             [
-                f'<a href="{path.parent.name}/06_monitor.html">{path.parent.name}</a>',
+                f'<a href="{path.parent.name}/06_monitor.html">{html.escape(seen.window.until[:16].replace("T", " "))}</a>',
                 _badge("alerts", "fail") if seen.alerts else _badge("quiet", "pass"),
-                html.escape(f"{seen.window.since[:16]} to {seen.window.until[:16]}".replace("T", " ")),
-                html.escape(f"{seen.model.name} {seen.model.version}"), f"{seen.window.rows:,}", f"{seen.window.labelled:,}", html.escape(said),
+                f"{(seen.window.end - seen.window.begin).total_seconds() / 3600:,.4g} h", html.escape(f"{seen.model.name} {seen.model.version}"),
+                f"{seen.window.rows:,}", f"{seen.window.labelled:,}", html.escape(said),
             ]
         )  # fmt: skip
     head = "<h1>Monitor</h1><blockquote>Looks at the journal, newest first.</blockquote>"
-    body = head + _table(["look", "", "window", "model", "rows", "labelled", "what moved"], rows, frozenset({4, 5}))
+    body = head + _table(["until", "", "window", "model", "rows", "labelled", "what moved"], rows, frozenset({2, 4, 5}))
     path = folder / "index.html"
     write_whole(path, _page("monitor", body, [("../index.html", "all runs", False), ("index.html", "monitor", True)]).encode())
     return path

@@ -100,21 +100,25 @@ def input_table(inputs: Sequence[InputQuality], most: int = 12) -> HTML:
     return page(_table(["column", "missing", "in training", "never seen", "out of range"], rows, frozenset({1, 2, 3, 4})))
 
 
-def quality_table(measures: Sequence[Measure], expected: Sequence[Measure], reference: Sequence[Measure]) -> HTML:
+def quality_table(quality: Quality) -> HTML:
     """Lay out realised, expected and reference figures beside each other."""
-    told = [{m.name: m for m in some} for some in (measures, expected, reference)]
-    names = [n for n in dict.fromkeys([*told[0], *told[1]]) if n not in ("selection_rate", "true_positive_rate")]
+    columns = {
+        "told": quality.measures, "expected of these": quality.estimated_labelled if quality.measures else [],
+        "expected of all": quality.estimated, "at packaging": quality.reference,
+    }  # fmt: skip
+    shown = {head: {m.name: m for m in some} for head, some in columns.items() if some}
+    names = [n for n in dict.fromkeys(m.name for m in [*quality.measures, *quality.estimated]) if n not in ("selection_rate", "true_positive_rate")]
     if not names:
         return sentence("Neither is there a label, nor can quality be estimated without one.")
-    rows = [[words(n), *(_with_interval(table.get(n)) for table in told)] for n in names]
-    return page(_table(["figure", "told", "expected without labels", "at packaging"], rows, frozenset({1, 2, 3})))
+    rows = [[words(n), *(_with_interval(table.get(n)) for table in shown.values())] for n in names]
+    return page(_table(["figure", *shown], rows, frozenset(range(1, 1 + len(shown)))))
 
 
 def _with_interval(m: Measure | None) -> str:
     if m is None:
         return ""
     known = m.low is not None and m.high is not None
-    return short(m.value) + (f' <span class="muted">{short(m.low or 0.0)} to {short(m.high or 0.0)}</span>' if known else "")
+    return short(m.value) + (f' <span class="muted">{short(m.low or 0.0)}–{short(m.high or 0.0)}</span>' if known else "")
 
 
 def concept_table(quality: Quality, most: int = 8) -> HTML:

@@ -108,7 +108,7 @@ def overrides_for(
         told["tune.budget_s"] = f"{settings.retrain.search * tune['budget_s']:g}"
     return told
 
-# %% ../../../nbs/library/retrain/candidates.ipynb #9b286079
+# %% ../../../nbs/library/retrain/candidates.ipynb #351e0743
 def predict_validation(layout: Layout, run: Run, package: str) -> tuple[Task, np.ndarray, np.ndarray]:
     """Return the task, the truth and the predictions of a candidate's held-out rows.
 
@@ -179,7 +179,7 @@ def compare_candidates(
         done.append(replace(candidate, value=found.champion, metric=found.metric, behind=behind, chosen=candidate.name == best))
     return done
 
-# %% ../../../nbs/library/retrain/candidates.ipynb #566555b7
+# %% ../../../nbs/library/retrain/candidates.ipynb #0e6d6ba7
 def say_choice(candidates: Sequence[Candidate], table: Table) -> list[str]:
     """Return in words which candidate was taken, and why."""
     chosen = next((c for c in candidates if c.chosen), None)
@@ -197,10 +197,13 @@ def say_choice(candidates: Sequence[Candidate], table: Table) -> list[str]:
                 f"{chosen.name} ({chosen.trained:,} rows, {chosen.metric} {chosen.value:.4f}) instead of {other.name} ({other.trained:,} rows, "
                 f"{other.value:.4f}): {sure}, by {other.behind['gain']:+.4f} ({low:+.4f} … {high:+.4f}) on {n:,} validation rows"
             )
-    if chosen.name == RECENT.name and any(c.name == ALL.name and c.behind for c in candidates):
-        words.append("older rows hurt: what they teach no longer holds" + (f" (recent: {table.since_why})" if table.since_why else ""))
-    if chosen.name == ALL.name and any(c.name == RECENT.name and c.behind for c in candidates):
-        words.append("older rows help: what they teach still holds")
+    rival = next((c for c in candidates if c.behind and c.name in (ALL.name, RECENT.name)), None)
+    if rival is not None and chosen.mode == "full":
+        is_sure, since = rival.behind["low"] > 0, f" (recent: {table.since_why})" if table.since_why else ""
+        if chosen.name == RECENT.name:
+            words.append(f"older rows {'hurt' if is_sure else 'seem to hurt'}: with them the model does worse on the latest ones{since}")
+        else:
+            words.append(f"older rows {'help: without them the model does worse on the latest ones' if is_sure else 'do no harm that could be seen'}")
     return [*said, *words]
 
 # %% ../../../nbs/library/retrain/candidates.ipynb #35702d9b

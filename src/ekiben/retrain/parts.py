@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['FEWEST', 'MEMORY', 'workshop', 'text_literal', 'quoted', 'gather', 'arrange', 'one', 'write_parts']
 
-# %% ../../../nbs/library/retrain/parts.ipynb #85808697
+# %% ../../../nbs/library/retrain/parts.ipynb #504133fc
 FEWEST = 20  # rows on either side of a comparison: with fewer there is none
-MEMORY = "1GB"
+MEMORY = "512MB"  # what sorting and joining may hold; the rest goes to disk
 
 
 @contextmanager

@@ -14,12 +14,12 @@ from ..records import Judgement, Record
 # %% auto #0
 __all__ = ['PARTS', 'Decision', 'Table', 'Candidate', 'Retrained', 'retrain_folder', 'read_decisions']
 
-# %% ../../../nbs/library/retrain/records.ipynb #bad14e5c
+# %% ../../../nbs/library/retrain/records.ipynb #e1f657cc
 PARTS = {
     "0-old": "rows that the champion knows",
     "1-new": "new rows from before the change",
     "2-recent": "rows since the change that the champion knows",
-    "3-fresh": "new rows since the change",
+    "3-fresh": "new rows, since the change where one is known",
     "4-validation": "new rows that the candidates are chosen by",
     "5-held": "the latest new rows, that champion and challenger meet on",
 }

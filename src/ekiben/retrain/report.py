@@ -44,7 +44,7 @@ def summary_lines(done: Retrained) -> list[str]:
     lines += [f"  {reason}" for reason in done.reasons]
     return lines
 
-# %% ../../../nbs/library/retrain/report.ipynb #858279ef
+# %% ../../../nbs/library/retrain/report.ipynb #29f6e0ca
 def _cell(text: object) -> str:
     return str(text).replace("|", "\\|").replace("\n", " ")
 
@@ -80,7 +80,7 @@ def to_markdown(done: Retrained) -> str:
         rows: list[list[object]] = []
         for c in done.candidates:
             gain = f"{c.behind['gain']:+.4f} ({c.behind['low']:+.4f} … {c.behind['high']:+.4f})" if c.behind else ""
-            rows.append([f"**{c.name}**" if c.chosen else c.name, f"{c.trained:,}", _figure(c.value), gain, "taken" if c.chosen else c.why_not])
+            rows.append([f"**{c.name}**" if c.chosen else c.name, f"{c.trained:,}", _figure(c.value), gain, "taken" if c.chosen else "left out" if c.why_not else ""])
         metric = next((c.metric for c in done.candidates if c.metric), "")
         lines += _table(["candidate", "rows", f"{metric} on validation rows", "the taken one gains", ""], rows)
         lines += [*(f"- {line}" for line in say_choice(done.candidates, table)), ""]

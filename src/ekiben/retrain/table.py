@@ -175,7 +175,7 @@ def _as_staged(groups: pa.Table | None, fields: Sequence[Field]) -> pa.Table | N
 
     return None if groups is None else convert_table(groups, [f for f in fields if f.name in groups.column_names])
 
-# %% ../../../nbs/library/retrain/table.ipynb #e86328ce
+# %% ../../../nbs/library/retrain/table.ipynb #e2553f3e
 def _notes(stage: Stage, copies: int, fields: Sequence[Field], columns: Any) -> list[str]:
     notes = []
     if copies:
@@ -188,7 +188,7 @@ def _notes(stage: Stage, copies: int, fields: Sequence[Field], columns: Any) -> 
             notes.append(f"{bad:,} of {stage.counts[f'{origin} came']:,} rows of the {origin} hold what a column cannot take ({which}) and are left out")
         if untold := stage.counts[f"{origin} untold"]:
             notes.append(f"{untold:,} rows of the {origin} have no target and teach nothing")
-    lost = [name for name in stage.absent.get("journal", []) if name != columns.target and name != columns.time]
+    lost = [name for name in stage.absent.get("journal", []) if name not in (columns.target, columns.time, *columns.sensitive)]
     if lost and stage.counts["journal came"]:
         notes.append(f"the journal does not keep {', '.join(f'`{name}`' for name in lost)}")
     if columns.time in stage.absent.get("journal", []) and stage.counts["journal came"]:

@@ -123,27 +123,24 @@ class Handlers:
         headers : mapping of bytes to bytes
             The request's, for ``Accept``, and ``Routing-Key`` where a challenger stands beside the champion.
         """
-        split = self.state.split
-        if not _is_plain(media, headers.get(b"accept", b"")):
+        split, cache, scorer = self.state.split, self.state.cache, arm.scorer
+        if media != JSON or ((accept := headers.get(b"accept", b"")) not in PLAIN and not _is_json(accept)):
             return self._predict_table(arm, split, raw, media, headers)
-        if split is None:
-            state, scorer = self.state, arm.scorer
-            known = state.cache.get(scorer.bundle.digest, raw) if state.cache.entries else None
-            if known is not None:
-                return self._answer(arm, known.rows, known.answers)
-            rows = self._rows(scorer, raw)
-            return self._answer(arm, rows, self._score(arm, raw, rows))
-        rows = self._rows(split.champion.scorer, raw)
-        arm, answers, seconds = split.ask(headers, rows[0], raw, lambda arm: self._score(arm, raw, rows), split.tally.is_sane)
-        return self._answer(arm, rows, answers, lambda: split.answered(arm, answers, seconds, rows))
+        if split is not None:
+            return self._predict_split(split, raw, headers)
+        known = cache.get(scorer.bundle.digest, raw) if cache.entries else None
+        if known is not None:
+            return self._answer(arm, known.rows, known.answers)
+        rows = self._rows(scorer, raw)
+        answers = _score(arm, rows)
+        if cache.entries:
+            cache.put(scorer.bundle.digest, raw, rows, answers)
+        return self._answer(arm, rows, answers)
 
-    def _score(self, arm: Hosted, raw: bytes, rows: list[dict[str, Any]]) -> list[Answer]:
-        try:
-            answers = arm.scorer.score_rows(rows)
-        except RowError as exc:
-            raise problem_of(exc) from None
-        self.state.cache.put(arm.scorer.bundle.digest, raw, rows, answers)
-        return answers
+    def _predict_split(self, split: Split, raw: bytes, headers: Mapping[bytes, bytes]) -> Done:
+        rows = self._rows(split.champion.scorer, raw)
+        arm, answers, seconds = split.ask(headers, rows[0], raw, lambda arm: _score(arm, rows), split.tally.is_sane)
+        return self._answer(arm, rows, answers, lambda: split.answered(arm, answers, seconds, rows))
 
     def _answer(self, arm: Hosted, rows: list[dict[str, Any]], answers: list[Answer], more: Callable[[], None] | None = None) -> Done:
         ids, told = new_ids(len(rows)), self.state.telemetry
@@ -288,10 +285,15 @@ class Handlers:
         return Response(self.state.telemetry.to_text(self.state.figures()).encode(), MEDIA_TYPE)
 
 
-def _is_plain(media: str, accept: bytes) -> bool:
-    """Return whether a body is JSON and JSON is what is wanted."""
-    if media != JSON or accept in PLAIN:
-        return media == JSON
+def _score(arm: Hosted, rows: list[dict[str, Any]]) -> list[Answer]:
+    try:
+        return arm.scorer.score_rows(rows)
+    except RowError as exc:
+        raise problem_of(exc) from None
+
+
+def _is_json(accept: bytes) -> bool:
+    """Return whether an ``Accept`` that says more takes JSON."""
     from ekiben.serving.media import answer_type
 
     return answer_type(accept.decode("latin-1")) == JSON

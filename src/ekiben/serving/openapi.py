@@ -65,7 +65,8 @@ def _refused(status: int) -> dict[str, Any]:
 # %% ../../../nbs/library/serving/openapi.ipynb #1558d117
 def _operation(route: Route, summary: str, answer: dict[str, Any], body: dict[str, Any] | None = None) -> dict[str, Any]:
     statuses = sorted({*REFUSALS.get(route.path, ()), *(GUARDED if route.roles else ()), *ALWAYS})
-    names = ("Idempotency-Key", "traceparent", "tracestate") if route.replays else ("traceparent", "tracestate")
+    own = ("Idempotency-Key",) * route.replays + ("Routing-Key",) * (route.handler in ("predict", "explain"))
+    names = (*own, "traceparent", "tracestate")
     return {
         "operationId": route.handler,
         "summary": summary,
@@ -162,6 +163,12 @@ PARAMETERS = {
         "in": "header",
         "description": "Any text of the client's own; the same one with the same body gets the same answer, and is recorded once.",
         "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+    },
+    "Routing-Key": {
+        "name": "Routing-Key",
+        "in": "header",
+        "description": "Whom the request is about: while a challenger answers a share of the keys, the same key gets the same model.",
+        "schema": {"type": "string"},
     },
     "traceparent": {
         "name": "traceparent",
