@@ -834,3 +834,23 @@ def test_ids_never_repeat_across_threads_and_forks() -> None:
     os.close(reading)
     os.close(writing)
     assert len({id_.partition("-7")[2] for id_ in found}) == len(found)
+
+
+def test_a_part_of_an_encrypted_journal_can_be_asked_for(tmp_path):
+    from ekiben.records import Field, Schema
+    from ekiben.serving.journal import Journal, new_ids
+    from ekiben.serving.keeping import JournalOptions
+    from ekiben.serving.seal import seal_journal
+    from ekiben.serving.sealed import open_journal
+    from ekiben.serving.segments import Origin
+
+    schema = Schema(fields=(Field(name="age", kind="number"),), task="binary", target="y", classes=("no", "yes"))
+    journal, ids = Journal(tmp_path, Origin(model={"name": "c", "version": "3", "bento": ""}, schema=schema)), new_ids(400)
+    journal.predictions(ids, [{"age": i % 40} for i in range(400)], [{"label": "no", "probability": 0.5}] * 400)
+    journal.feedback(ids[7], "yes")
+    journal.close()
+    seal_journal(tmp_path, JournalOptions(encryption=True))
+    with open_journal(tmp_path, fresh=False) as db:
+        asked = {"age >= 20": 200, f"_id = '{ids[7]}' AND _truth = 'yes'": 1, "_version = '3' AND age < 5": 50, "_version = '4'": 0}
+        for condition, expected in asked.items():
+            assert db.execute(f"SELECT count(*) FROM journal WHERE {condition}").fetchall() == [(expected,)], condition
