@@ -2785,6 +2785,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                               'ekiben/retrain/run.py'),
                                     'ekiben.retrain.run.Retraining._table': ( 'library/retrain/run.html#retraining._table',
                                                                               'ekiben/retrain/run.py'),
+                                    'ekiben.retrain.run.Retraining._taken_back': ( 'library/retrain/run.html#retraining._taken_back',
+                                                                                   'ekiben/retrain/run.py'),
                                     'ekiben.retrain.run.Retraining._try': ( 'library/retrain/run.html#retraining._try',
                                                                             'ekiben/retrain/run.py'),
                                     'ekiben.retrain.run.Retraining.ask': ( 'library/retrain/run.html#retraining.ask',

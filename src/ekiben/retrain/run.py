@@ -28,7 +28,7 @@ from ..settings import load_settings
 # %% auto #0
 __all__ = ['Retraining', 'retrain']
 
-# %% ../../../nbs/library/retrain/run.ipynb #5f12fc0b
+# %% ../../../nbs/library/retrain/run.ipynb #98e7b2e7
 class Retraining:
     """One retraining of a project, under its lock.
 
@@ -196,7 +196,17 @@ class Retraining:
         comparison = Store(self.layout.objects).get(packaged.outputs["registered"]).comparison.to_dict()
         version = str(run.model.get("version", ""))
         decision, reasons = decide(comparison, version, champion.version)
+        if why := self._taken_back(version):
+            decision, reasons = "rejected", [f"these rows made version {version} again, which was taken out of service: {why}"]
         return facts | {"decision": decision, "reasons": [*reasons, *watched(run.gates)], "version": version, "comparison": comparison}
+
+
+    def _taken_back(self, version: str) -> str:
+        """Return why a rollback took a version out of service; empty when none did."""
+        from ekiben.registry import TAKEN_BACK
+
+        found = next((v for v in self.registry.versions(self.settings.pipeline.name) if v.version == version), None)
+        return str(found.tags.get(TAKEN_BACK, "")) if found else ""
 
 
 class _Broken(DataError):
@@ -242,7 +252,7 @@ def _warm(root: Path) -> Iterator[None]:
         if lease is not None:
             lease.close()
 
-# %% ../../../nbs/library/retrain/run.ipynb #28c75af1
+# %% ../../../nbs/library/retrain/run.ipynb #d5b848a1
 def retrain(
     root: Path,
     *,
@@ -294,10 +304,12 @@ def retrain(
         When a step failed; the next call carries on.
     """
     from ekiben.retrain.apply import finish_applying
+    from ekiben.rollout.aliases import settle
 
     with hold(Path(root)):
         options = {"since": since, "data": list(data), "mode": mode, "rows": rows, "journal": journal, "promote": promote}
         work = Retraining(Path(root), options, say, quiet)
+        settle(work.root, work.registry)  # a rollback that the registry has not heard of yet
         finish_applying(work.root, work.registry)
         champion = find_champion(work.root, work.registry, work.settings.pipeline.name)
         due = work.ask(champion) if if_due else Due(is_due=True, says=["asked for"])
