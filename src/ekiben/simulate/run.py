@@ -191,10 +191,12 @@ class Director:
         if outcome.status == "promoted":
             self.note(good, f"version {version} is champion", version)
             return
-        events = [e for e in read_events(deployment_folder(self.stage.root)) if e.what == "rolled_back" and _seconds(e.at) >= began - 1]
-        at = _seconds(events[0].at) if events else time.time()
-        who = "the service drops" if events else "the rollout takes back"
-        self.note("rolled_back", f"{who} version {version} by itself: {events[0].why if events else outcome.why}", version, at=at)
+        events = [e for e in read_events(deployment_folder(self.stage.root)) if _seconds(e.at) >= began]
+        own = next((e for e in events if e.what == "rolled_back"), None)
+        back = own or next((e for e in events if e.what == "loaded" and e.version != version), None)
+        at = _seconds(back.at) if back else time.time()
+        who = "the service drops" if own else "the rollout takes back"
+        self.note("rolled_back", f"{who} version {version} by itself: {own.why if own else outcome.why}", version, at=at)
         if self.roles.get(version) == "bad":
             self.figures["rolled_back_at"] = at
 
