@@ -51,7 +51,7 @@ class Running:
 
     def __enter__(self) -> Running:
         operator = self.stage.operator
-        operator.do("deploy", "--full", "--reason", "the first day")
+        operator.do("deploy", "champion", "--full", "--reason", "the first day")
         said = operator.do("keys", "add", "callers", "--role", "predict", "--role", "feedback", "--days", "1", fine=(0, 2))
         self.key = said.output.strip().splitlines()[-1] if said.code == 0 else ""
         self.start()
