@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import UsageError
+from .streaming import bound_memory
 from ..records import Schema, Task
 from ..serving.keeping import JournalOptions
 from ..serving.sealed import open_journal
@@ -56,8 +56,7 @@ def open_answered(journal: Path, options: JournalOptions | None = None, *, fresh
         When there is no journal.
     """
     check_journal(journal)
-    db = open_journal(Path(journal), fresh=fresh, options=options)
-    db.execute(f"SET memory_limit = '1GB'; SET threads = 2; SET TimeZone = 'UTC'; SET temp_directory = {_text(gettempdir())}")
+    db = bound_memory(open_journal(Path(journal), fresh=fresh, options=options), Path(journal), "1GB")
     names = {row[0] for row in db.execute("DESCRIBE journal").fetchall()}
     own = "WHERE coalesce(_role, 'champion') <> 'shadow'" if "_role" in names else ""
     db.execute(f"CREATE VIEW answered AS SELECT * FROM journal {own}")
