@@ -10,6 +10,7 @@ from statistics import NormalDist
 
 from ..records import Record
 from ..serving.deployment import ArmStatus, GuardLimits
+from ..serving.referee import FLOOR_S
 
 # %% auto #0
 __all__ = ['SURE', 'Held', 'loss_difference', 'judge_arms']
@@ -102,7 +103,7 @@ def judge_arms(
     enough = min(challenger.requests, champion.requests) >= limits.min_requests
     if challenger.seconds_median and champion.seconds_median:
         ratio = challenger.seconds_median / champion.seconds_median
-        if enough and ratio > limits.max_latency_ratio:
+        if enough and ratio > limits.max_latency_ratio and challenger.seconds_median > champion.seconds_median + FLOOR_S:
             broken.append(f"it takes {ratio:.1f} times as long as the champion (limit: {limits.max_latency_ratio:g})")
     loss = loss_difference(challenger, champion, relative=task == "regression")
     if loss and min(challenger.labels, champion.labels) >= limits.min_requests and loss[1] > limits.max_loss_gap:

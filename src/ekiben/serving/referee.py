@@ -18,7 +18,7 @@ __all__ = ['CHANCE', 'FLOOR_S', 'Moments', 'binomial_tail', 'judge_errors', 'jud
 
 # %% ../../../nbs/library/serving/referee.ipynb #6ec4433f
 CHANCE = 1e-5
-FLOOR_S = 0.0002  # a scoring time that nobody notices, whatever ratio it is of a shorter one
+FLOOR_S = 0.001  # more time to score that nobody notices, whatever ratio it is: trees after a straight line
 
 
 @dataclass

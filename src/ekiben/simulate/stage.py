@@ -126,10 +126,9 @@ def _operation(plan: Plan, groups: Path | None = None) -> dict[str, dict[str, ob
     """Return what settings.ini says of monitoring and rolling out at the pace of a simulation."""
     shares = sorted({100 * plan.share, max(25.0, min(99.0, 300 * plan.share)), 100.0})
     needed = max(20, int(plan.share * plan.rate * plan.hold_s / 2))
-    slower = 25  # times: a linear champion answers in microseconds, and trees are welcome after it
     return {
         "monitor": {"groups": groups} if groups else {},
-        "deploy": {"steps": ", ".join(f"{s:g}" for s in shares), "hold_s": f"{plan.hold_s:g}", "min_requests": needed, "max_latency_ratio": slower},
+        "deploy": {"steps": ", ".join(f"{s:g}" for s in shares), "hold_s": f"{plan.hold_s:g}", "min_requests": needed},
         "serve": {"drain_s": 1},
     }  # fmt: skip
 
