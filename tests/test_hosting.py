@@ -632,8 +632,8 @@ def test_a_damaged_unsigned_or_replayed_file_changes_nothing(place):
     good = (place.folder / DEPLOYMENT).read_bytes()
     for raw, why in ((good[:-10], "not a signed"), (good.replace(b'"share": 1.0', b'"share": 0.0'), "not what was signed"), (older, "not newer than 2")):
         (place.folder / DEPLOYMENT).write_bytes(raw)
-        wait(lambda why=why: why in readyz(state)["refused"])
-        assert versions(ask(state, [1])) == ["3"] and why in readyz(state)["refused"] and read_status(place.folder).refused
+        wait(lambda why=why: why in readyz(state)["refused"] and why in read_status(place.folder).refused)
+        assert versions(ask(state, [1])) == ["3"] and why in readyz(state)["refused"] and why in read_status(place.folder).refused
     (place.folder / DEPLOYMENT).unlink()
     wait(lambda: "holds no deployment.json" in readyz(state)["refused"])
     assert versions(ask(state, [1])) == ["3"]

@@ -295,7 +295,7 @@ class Own:
 
 def test_an_estimator_that_nothing_takes_says_every_reason(tmp_path):
     project = make_project(tmp_path, runtime="python")
-    with pytest.raises(IntegrityError, match=r"no runtime can serve this model: python: .*not trust.*Own.*onnx: skl2onnx does not"):
+    with pytest.raises(IntegrityError, match=r"no runtime can serve this model: python: .*belongs to no package.*onnx: skl2onnx does not convert Own"):
         choose(tmp_path, project, model=SklearnModel(Own(), "binary", 2))
 
 
