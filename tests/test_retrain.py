@@ -301,7 +301,8 @@ def test_forget_reaches_the_tables_of_retrainings_and_what_was_prepared_of_them(
 
     erased = forget(tmp_path, "mail=j9@x.org")
     assert erased.predictions == 1
-    assert [name for table in erased.tables for name in table.names] == ["prepare.train", "retrain.r1.3-fresh"]
+    first, second = (name for table in erased.tables for name in table.names)
+    assert first == "prepare.train" and second.startswith("retrain.r1."), "which part a row is in goes by its id, which is random"
     assert "j9" not in {r["id"] for r in rows_of(tmp_path)} and len(rows_of(tmp_path)) == 120 + 149
     left = Store(layout.objects).get(StepResult.from_json(layout.result("r", "prepare").read_bytes()).outputs["train"])
     assert ids[9] not in set(left["_id"]) and left.n == 120 + 149

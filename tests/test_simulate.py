@@ -440,7 +440,7 @@ def test_a_short_month_goes_as_declared(tmp_path: Path) -> None:
     env = {**os.environ, "EKIBEN_PIPELINE__KERNEL_IDLE_S": "60"}
     command = [
         sys.executable, "-c", "import sys; from ekiben.cli import main; sys.exit(main())", "simulate", "--days", "8", "--day-s", "4",
-        "--rate", "200", "--label-delay", "1", "--hold-s", "2", "--scenario", "drift", "--drift-day", "2", "--bad-day", "6",
+        "--rate", "200", "--label-delay", "1", "--hold-s", "2", "--scenario", "drift", "--drift-day", "2", "--bad-day", "6", "--within", "0.1",
         "--folder", str(tmp_path / "made"), "--reports", str(tmp_path / "reports"),
     ]  # fmt: skip
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False, cwd=tmp_path)

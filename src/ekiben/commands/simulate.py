@@ -33,6 +33,7 @@ def simulate(
     bad_day: Annotated[int | None, typer.Option("--bad-day", help="-1: never; default: after four fifths.")] = None,
     share: Annotated[float, typer.Option(help="First share of a canary.")] = 0.05,
     hold_s: Annotated[float, typer.Option("--hold-s", help="Seconds that each step of a canary is watched.")] = 5.0,
+    within: Annotated[float, typer.Option(help="How near quality must come to that of a model trained on the new world.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Of the traffic.")] = 0,
     data: Annotated[Path | None, typer.Option(help="A table (CSV, Parquet) to play instead of simulated loan applications.")] = None,
     time: Annotated[str, typer.Option(help="Its column of dates, times or numbers.")] = "",
@@ -63,7 +64,7 @@ def simulate(
         {
             "days": days, "day_s": day_s, "rate": rate, "label_delay": label_delay, "labelled": labelled, "drift": drift,
             "drift_day": drift_day, "feed": feed, "feed_column": feed_column, "feed_day": feed_day, "bad_day": bad_day, "share": share,
-            "hold_s": hold_s, "seed": seed,
+            "hold_s": hold_s, "seed": seed, "within": within,
         },
         has_own_data=data is not None or here,
     )  # fmt: skip

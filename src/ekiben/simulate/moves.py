@@ -87,7 +87,7 @@ def distances(report: MonitorReport) -> dict[str, float]:
     return out | ({"residuals": worst} if report.quality.concept else {})
 
 # %% ../../../nbs/library/simulate/moves.ipynb #72ca556a
-def retrain(operator: Operator, *, since: str = "", nice: int = 10) -> Retrained:
+def retrain(operator: Operator, *, since: str = "", if_due: bool = False, nice: int = 10) -> Retrained:
     """Run ``ekiben retrain`` behind all other processes; return its decision.
 
     Parameters
@@ -95,9 +95,12 @@ def retrain(operator: Operator, *, since: str = "", nice: int = 10) -> Retrained
     operator : Operator
     since : str
         Where recent rows begin; empty: where the monitor says that it began.
+    if_due : bool
+        Only when ``[retrain] when`` wants it.
     nice : int
     """
-    done = operator.do("retrain", *(("--since", since) if since else ()), "--json", "--quiet", fine=(0, 3), nice=nice)
+    words = [*(("--since", since) if since else ()), *(("--if-due",) if if_due else ()), "--json", "--quiet"]
+    done = operator.do("retrain", *words, fine=(0, 3), nice=nice)
     return Retrained.from_json(done.document)
 
 

@@ -146,6 +146,8 @@ class Director:
                 self.told.add(one.id)
                 self.note("alert", _short(one))
         self.moved_before = any(a.kind == "drift" for a in report.alerts)
+        if alert is None and may_act and "retrained" in self.roles.values():
+            self._try(partial(self._mend, if_due=True))  # what was trained at the first notice knew few rows of the new world
         if alert is None or not may_act:
             return
         if alert.state in ("new", "worse"):
@@ -165,8 +167,10 @@ class Director:
         except Exception as exc:
             self.note("failed", f"{'' if isinstance(exc, EkibenError) else f'{type(exc).__name__}: '}{exc}"[:200])
 
-    def _mend(self) -> None:
-        done = retrain(self.operator)
+    def _mend(self, *, if_due: bool = False) -> None:
+        done = retrain(self.operator, if_due=if_due)
+        if done.decision == "not_due":
+            return
         if done.decision not in ("promoted", "shadow"):
             self.note("kept", f"trained anew, and kept as it was: {'; '.join(done.reasons)[:140]}")
             return
@@ -174,7 +178,7 @@ class Director:
         gain = f", {found['gain']:+.3f} {found.get('metric', '')} on recent rows" if isinstance(found.get("gain"), float) else ""
         self.note("retrained", f"version {done.version} is trained and passes the gates{gain}", done.version)
         self.roles.setdefault(done.version, "retrained")
-        self._canary(done.version, "trained anew after an alert", "promoted")
+        self._canary(done.version, "trained on more labelled rows" if if_due else "trained anew after an alert", "promoted")
 
     def _roll_out_bad(self) -> None:
         path = self.stage.base / "wrong.parquet"

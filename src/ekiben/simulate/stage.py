@@ -129,6 +129,7 @@ def _operation(plan: Plan, groups: Path | None = None) -> dict[str, dict[str, ob
     return {
         "monitor": {"groups": groups} if groups else {},
         "deploy": {"steps": ", ".join(f"{s:g}" for s in shares), "hold_s": f"{plan.hold_s:g}", "min_requests": needed},
+        "retrain": {"when": "drift, quality, rows", "every_rows": max(1000, int(2 * plan.rate * plan.day_s))},
         "serve": {"drain_s": 1},
     }  # fmt: skip
 
