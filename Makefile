@@ -34,7 +34,7 @@ test: $(STAMP)  ## run the library notebooks' own cells, then pytest
 	python -m pytest -q -n 2 --dist loadfile -m "not slow and not faults and not image"
 
 slow: $(STAMP)  ## run the slow tests: whole projects on real tables
-	python -m pytest -q -n 2 --dist load -m slow
+	python -m pytest -q -n 2 --dist loadfile -m slow
 
 faults: $(STAMP)  ## run the fault suite: kernels, runners and disks that fail, half an hour and more
 	python -m pytest -q -m faults
