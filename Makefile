@@ -9,6 +9,9 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export BENTOML_DO_NOT_TRACK := True
 # OpenMP's threads sleep while they wait: spinning, they take the core that other processes of a test need.
 export OMP_WAIT_POLICY := passive
+# Two files at a time. What failed beside others is run again alone: a machine that is busy decides nothing.
+pytest = python -m pytest -q -n 2 --dist loadfile -m "$(1)" || \
+	{ [ $$? = 1 ] && python -m pytest -q --last-failed --last-failed-no-failures none -m "$(1)"; }
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test slow faults image check sync lab bench clean
@@ -31,10 +34,10 @@ run: $(STAMP)  ## run this repository's own pipeline on the embedded data
 
 test: $(STAMP)  ## run the library notebooks' own cells, then pytest
 	nbdev-test nbs/library --n-workers 2
-	python -m pytest -q -n 2 --dist loadfile -m "not slow and not faults and not image"
+	$(call pytest,not slow and not faults and not image)
 
 slow: $(STAMP)  ## run the slow tests: whole projects on real tables
-	python -m pytest -q -n 2 --dist loadfile -m slow
+	$(call pytest,slow)
 
 faults: $(STAMP)  ## run the fault suite: kernels, runners and disks that fail, half an hour and more
 	python -m pytest -q -m faults
