@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from itertools import count
 
 import msgspec
 
@@ -44,6 +45,9 @@ class Cipher:
         self.ring, self.name, salt = ring, name or ring.current, salt or os.urandom(16)
         derived = HKDF(SHA256(), 32, salt, b"ekiben journal segment").derive(ring.key(self.name))
         self._aead = AESGCM(derived)
+        # The key is this cipher's alone, so that a count never repeats under it. To ask the system for each record's random
+        # bytes lets go of the interpreter's lock, and a busy service takes milliseconds to give it back.
+        self._nonce, self._count = os.urandom(NONCE - 8), count()
         self.head = msgspec.json.encode({"key": self.name, "salt": salt.hex()})
 
     @classmethod
@@ -60,7 +64,7 @@ class Cipher:
 
     def hide(self, record: bytes) -> bytes:
         """Return a record encrypted."""
-        nonce = os.urandom(NONCE)
+        nonce = self._nonce + next(self._count).to_bytes(8, "big")
         return nonce + self._aead.encrypt(nonce, record, None)
 
     def show(self, hidden: bytes) -> bytes:

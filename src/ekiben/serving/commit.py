@@ -22,6 +22,7 @@ from typing import Any
 
 from ..errors import ServiceError
 from .keeping import JournalOptions
+from .cipher import Cipher
 from .keyring import ring_for, ring_lock
 from .segments import Origin, SegmentWriter, remove_expired
 
@@ -74,7 +75,7 @@ class Committer:
             raise ServiceError(f"the journal's folder `{folder}` cannot be made: {exc.strerror}; EKIBEN_JOURNAL names it") from exc
         if options.encryption:
             with ring_lock(self.folder):
-                ring_for(self.folder, True)
+                Cipher(ring_for(self.folder, True))  # loads the library: later, the first records would wait for that
         atexit.register(self.close)
 
     @property
