@@ -34,10 +34,13 @@ from .stage import Stage, add_people, wrong_table
 from .story import HEADLINE, Happening, Story, measure_quality, tell_days, tell_served, tell_traffic, touched_by
 
 # %% auto #0
-__all__ = ['Say', 'Director', 'newest_version', 'tell', 'simulate']
+__all__ = ['Say', 'ENOUGH', 'Director', 'newest_version', 'tell', 'simulate']
 
 # %% ../../../nbs/library/simulate/run.ipynb #82dd7811
 Say = Callable[[str], None]
+
+
+ENOUGH = 0.005  # what more rows have to gain for the next training not to wait for an alert
 
 
 class Director:
@@ -62,6 +65,7 @@ class Director:
         self.fed_badly_until = -1
         self.moved_before = False
         self.last_try = -99
+        self.has_learnt = False
         self.sent = 0
         self.told: set[str] = set()
 
@@ -146,7 +150,7 @@ class Director:
                 self.told.add(one.id)
                 self.note("alert", _short(one))
         self.moved_before = any(a.kind == "drift" for a in report.alerts)
-        if alert is None and may_act and "retrained" in self.roles.values():
+        if alert is None and may_act and not self.has_learnt and "retrained" in self.roles.values():
             self._try(partial(self._mend, if_due=True))  # what was trained at the first notice knew few rows of the new world
         if alert is None or not may_act:
             return
@@ -175,6 +179,7 @@ class Director:
             self.note("kept", f"trained anew, and kept as it was: {'; '.join(done.reasons)[:140]}")
             return
         found = done.comparison
+        self.has_learnt = if_due and (found.get("gain") or 0.0) < ENOUGH
         gain = f", {found['gain']:+.3f} {found.get('metric', '')} on recent rows" if isinstance(found.get("gain"), float) else ""
         self.note("retrained", f"version {done.version} is trained and passes the gates{gain}", done.version)
         self.roles.setdefault(done.version, "retrained")
