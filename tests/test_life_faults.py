@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -44,7 +45,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     base = tmp_path_factory.mktemp("life")
     stage = credit_stage(base, PLAN)
     settings = stage.root / "settings.ini"
-    settings.write_text(settings.read_text().replace("[serve]\n", "[serve]\ndurability = sync\n", 1))
+    text = re.sub(r"^groups = .*\n", "", settings.read_text(), flags=re.M)  # who the callers are is written down by a simulation alone
+    settings.write_text(text.replace("[serve]\n", "[serve]\ndurability = sync\n", 1))
     pq.write_table(world_table(stage.traffic, 0, 6000, 50_000), base / "second.parquet")  # type: ignore[arg-type]
     spread_over_days(base / "second.parquet")
     stage.operator.do("run", "-p", "package.promote=never", env={"EKIBEN_DATA__SOURCE": str(base / "second.parquet")})
