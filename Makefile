@@ -9,7 +9,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export BENTOML_DO_NOT_TRACK := True
 # OpenMP's threads sleep while they wait: spinning, they take the core that other processes of a test need.
 export OMP_WAIT_POLICY := passive
-# Two files at a time. What failed beside others is run again alone: a machine that is busy decides nothing.
+# Two at a time. What failed beside others is run again alone: a machine that is busy decides nothing.
 pytest = python -m pytest -q -n 2 --dist loadfile -m "$(1)" || \
 	{ [ $$? = 1 ] && python -m pytest -q --last-failed --last-failed-no-failures none -m "$(1)"; }
 
@@ -33,7 +33,7 @@ run: $(STAMP)  ## run this repository's own pipeline on the embedded data
 	ekiben run
 
 test: $(STAMP)  ## run the library notebooks' own cells, then pytest
-	nbdev-test nbs/library --n-workers 2
+	nbdev-test nbs/library --n-workers 2 || nbdev-test nbs/library --n-workers 1
 	$(call pytest,not slow and not faults and not image)
 
 slow: $(STAMP)  ## run the slow tests: whole projects on real tables

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -179,15 +178,3 @@ def test_any_change_of_the_content_changes_the_fingerprint() -> None:
         pa.table({"a": ["1", "2"], "b": ["xy", "z"]}),
     ]
     assert len({fingerprint(t) for t in [table, *others]}) == len(others) + 1
-
-
-def test_a_million_rows_are_fingerprinted_in_seconds() -> None:
-    random = np.random.default_rng(0)
-    texts = pa.array([f"value {i}" for i in range(50)])
-    table = pa.table(
-        {f"n{i}": random.normal(size=1_000_000) for i in range(12)}
-        | {f"t{i}": texts.take(pa.array(random.integers(0, 50, 1_000_000))) for i in range(8)}
-    )
-    start = time.perf_counter()
-    fingerprint(table)
-    assert time.perf_counter() - start < 6

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 
 import numpy as np
 import pyarrow as pa
@@ -105,7 +104,6 @@ def test_an_option_that_is_wrong_is_named(location: str, says: str) -> None:
         parse_location(location)
 
 
-def test_a_million_rows_take_seconds() -> None:
-    start = time.perf_counter()
-    rows = sum(b.num_rows for b in simulate_batches("simulated:credit?rows=1000000"))
-    assert rows == 1_000_000 and time.perf_counter() - start < 30
+def test_a_million_rows_come_in_batches_that_memory_holds() -> None:
+    rows = [b.num_rows for b in simulate_batches("simulated:credit?rows=1000000")]
+    assert sum(rows) == 1_000_000 and max(rows) < 200_000

@@ -378,9 +378,8 @@ def test_a_stalled_disk_never_blocks_the_event_loop_and_drops_are_counted(tmp_pa
     journal = Journal(tmp_path, ORIGIN, JournalOptions(queue_bytes=20_000))
     journal.predictions(new_ids(1), [make_row()], [{"label": "no", "probability": 0.1}])
     assert stalled.wait(10)
-    began = time.monotonic()
     tickets = [journal.predictions(new_ids(2), [make_row()] * 2, [{"label": "no", "probability": 0.1}] * 2) for _ in range(500)]
-    assert time.monotonic() - began < 5 and journal.figures()["lag_s"] > 0
+    assert not go_on.is_set() and journal.figures()["lag_s"] > 0
     lost = sum(2 for ticket in tickets if not ticket)
     assert lost > 0 and journal.figures()["dropped"] == lost
     go_on.set()

