@@ -13,7 +13,7 @@ from ekiben.encoding import fit_preprocessor
 from ekiben.records import Field, Policy, Schema
 from ekiben.serving.bundle import Bundle, Lineage, Limits, write_bundle
 from ekiben.portable import collect_code, load_code
-from ekiben.serving.scorer import Scorer, make_examples
+from ekiben.serving.scoring.scorer import Scorer, make_examples
 
 PREPARE = '''"""How the people of the census are described."""
 import numpy as np

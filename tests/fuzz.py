@@ -27,11 +27,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from bundles import make_columns
 
-from ekiben.serving import media
-from ekiben.serving.app import ServiceApp
-from ekiben.serving.issuing import add_key
+from ekiben.serving.http import media
+from ekiben.serving.http.app import ServiceApp
+from ekiben.serving.security.issuing import add_key
 from ekiben.serving.options import ServiceOptions
-from ekiben.serving.state import State
+from ekiben.serving.http.state import State
 
 PATIENCE_S = 120
 FIRST_ID = "00000000-0000-7000-8000-000000000000"

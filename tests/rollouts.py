@@ -14,9 +14,9 @@ from bundles import make_project
 from ekiben.registry import TAKEN_BACK, Version
 from ekiben.rollout.plan import World
 from ekiben.serving.bundle import Bundle, Lineage, load_bundle, stamp_bundle
-from ekiben.serving.deployment import ArmStatus, Status, read_deployment
+from ekiben.serving.hosting.deployment import ArmStatus, Status, read_deployment
 from ekiben.serving.run import trust_of
-from ekiben.serving.signer import sign_folder, signing_key
+from ekiben.serving.security.signer import sign_folder, signing_key
 
 SETTINGS = """[pipeline]
 name = census

@@ -11,12 +11,12 @@ import pytest
 from bundles import make_project
 
 from ekiben.errors import IntegrityError
-from ekiben.serving.app import ServiceApp
-from ekiben.serving.issuing import add_key, revoke_key
-from ekiben.serving.keys import CHECK_EVERY_S, ROLES, Role
+from ekiben.serving.http.app import ServiceApp
+from ekiben.serving.security.issuing import add_key, revoke_key
+from ekiben.serving.security.keys import CHECK_EVERY_S, ROLES, Role
 from ekiben.serving.options import ServiceOptions
-from ekiben.serving.routes import ROUTES
-from ekiben.serving.state import State
+from ekiben.serving.http.routes import ROUTES
+from ekiben.serving.http.state import State
 
 INNER = ("/docs.json", "/schema.json", "/predict/", "//predict", "/predict/x", "/static/x.js", "/PREDICT", "/unknown", "*", "")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "BREW")

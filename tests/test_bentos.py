@@ -22,7 +22,7 @@ from tiny import hear_ctrl_c
 from ekiben.bento import build_bento
 from ekiben.errors import IntegrityError, ServiceError, UsageError
 from ekiben.serving.bundle import Lineage, load_bundle, stamp_bundle
-from ekiben.serving.journal import read_journal
+from ekiben.serving.journal.journal import read_journal
 from ekiben.serving.run import check_host, check_port, find_served, start_bento, stop_process, wait_ready
 from ekiben.serving.served import Served, bento_folder, is_whole
 
@@ -140,7 +140,7 @@ sys.path.insert(0, {str(source)!r})
 from pathlib import Path
 import ekiben
 assert ekiben.__file__.startswith({str(source)!r}), ekiben.__file__
-from ekiben.serving.app import State
+from ekiben.serving.http.app import State
 state = State()
 state.open(Path({str(source / "bundle")!r}))
 print(sorted({TRAINING!r} & set(sys.modules)), state.model["version"])

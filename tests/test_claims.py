@@ -14,11 +14,11 @@ import pytest
 from bundles import make_project
 from test_media import TABLES, people, refused, to_parquet, to_stream, write
 
-from ekiben.serving import media
+from ekiben.serving.http import media
 from ekiben.serving.bundle import Limits
-from ekiben.serving.claims import claim_of_arrow, claim_of_parquet
+from ekiben.serving.http.claims import claim_of_arrow, claim_of_parquet
 from ekiben.serving.problem import Problem
-from ekiben.serving.scorer import Scorer
+from ekiben.serving.scoring.scorer import Scorer
 
 
 @pytest.fixture(scope="module")

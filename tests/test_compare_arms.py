@@ -23,10 +23,10 @@ from ekiben.rollout.difference import (
     rows_needed,
 )
 from ekiben.rollout.holding import judge_arms, loss_difference
-from ekiben.serving.deployment import ArmStatus, GuardLimits
-from ekiben.serving.journal import Journal, new_ids
-from ekiben.serving.keeping import JournalOptions
-from ekiben.serving.segments import origin_of
+from ekiben.serving.hosting.deployment import ArmStatus, GuardLimits
+from ekiben.serving.journal.journal import Journal, new_ids
+from ekiben.serving.journal.keeping import JournalOptions
+from ekiben.serving.journal.segments import origin_of
 
 numbers = st.floats(-10, 10, allow_nan=False)
 samples = st.lists(numbers, min_size=2, max_size=40).map(np.array)

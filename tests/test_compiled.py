@@ -26,10 +26,10 @@ from ekiben.records import Field, Policy, Schema
 from ekiben.rows import Check, parse_date
 from ekiben.serving.bundle import Limits, write_bundle
 from ekiben.portable import load_code
-from ekiben.serving.proof import edge_values
-from ekiben.serving.scorer import Scorer, make_examples
-from ekiben.serving.tracing import find_changing
-from ekiben.serving.vocabulary import TWINS
+from ekiben.serving.scoring.proof import edge_values
+from ekiben.serving.scoring.scorer import Scorer, make_examples
+from ekiben.serving.scoring.tracing import find_changing
+from ekiben.serving.scoring.vocabulary import TWINS
 
 HEAD = """
 import math
@@ -364,7 +364,7 @@ def test_features_that_remember_are_found_out_by_the_proof(tmp_path):
 
 
 def test_a_wrong_twin_is_found_out_by_the_proof(tmp_path, monkeypatch):
-    from ekiben.serving.symbols import Symbol
+    from ekiben.serving.scoring.symbols import Symbol
 
     body = 'c.with_columns(a=log1p(c["income"]))'
     right = TWINS[vocabulary.log1p]
@@ -421,7 +421,7 @@ def test_requests_cannot_make_the_tables_grow_without_end(tmp_path):
     for i in range(6000):
         scorer.predict_row({**row, "job": f"job {i}"})
     scorer.predict_row({**row, "job": "x" * 10_000})
-    from ekiben.serving.writer import Table
+    from ekiben.serving.scoring.writer import Table
 
     tables = [v for v in scorer.lane.predict.__globals__.values() if isinstance(v, Table)]
     assert tables and all(len(table) <= 4096 and max(len(k or "") for k in table) <= 100 for table in tables)

@@ -29,11 +29,11 @@ from ekiben.errors import IntegrityError, ServiceError, UsageError
 from ekiben.installer import pip_settings
 from ekiben.serving.bundle import Lineage, stamp_bundle
 from ekiben.serving.container import serve_command
-from ekiben.serving.issuing import add_key
+from ekiben.serving.security.issuing import add_key
 from ekiben.serving.served import bento_folder
-from ekiben.serving.scorer import Scorer
-from ekiben.serving.signer import signing_key
-from ekiben.serving.trust import write_key
+from ekiben.serving.scoring.scorer import Scorer
+from ekiben.serving.security.signer import signing_key
+from ekiben.serving.security.trust import write_key
 
 SERVICE = Path(__file__).resolve().parents[1] / "bentos" / "scorer" / "service.py"
 

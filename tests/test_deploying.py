@@ -25,7 +25,7 @@ from ekiben.registry import Registry
 from ekiben.rollout.place import current, environment_folder, look
 from ekiben.serving.bundle import Lineage
 from ekiben.serving.run import trust_of, wait_ready
-from ekiben.serving.signer import sign_folder, signing_key
+from ekiben.serving.security.signer import sign_folder, signing_key
 
 SERVICE = Path(__file__).resolve().parents[1] / "bentos" / "scorer" / "service.py"
 SETTINGS = """[pipeline]

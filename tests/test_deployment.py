@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ekiben.errors import IntegrityError, UsageError
 from ekiben.serving.bundle import Lineage, load_bundle
-from ekiben.serving.deployment import (
+from ekiben.serving.hosting.deployment import (
     BUNDLES,
     DEPLOYMENT,
     Arm,
@@ -30,9 +30,9 @@ from ekiben.serving.deployment import (
     read_events,
     write_deployment,
 )
-from ekiben.serving.signer import sign_folder, signing_key
-from ekiben.serving.standing import EVENTS, STATUS, Status, parse_time
-from ekiben.serving.trust import Trust, trusted_keys
+from ekiben.serving.security.signer import sign_folder, signing_key
+from ekiben.serving.hosting.standing import EVENTS, STATUS, Status, parse_time
+from ekiben.serving.security.trust import Trust, trusted_keys
 
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 CHAMPION = Arm(version="3", digest="d" * 64, bundle="d" * 16)

@@ -20,9 +20,9 @@ from ekiben.bento import build_bento
 from ekiben.containerfile import pin_requirements
 from ekiben.serving.bundle import Lineage, stamp_bundle
 from ekiben.serving.run import stop_process
-from ekiben.serving.scorer import Scorer
-from ekiben.serving.signer import signing_key
-from ekiben.serving.trust import write_key
+from ekiben.serving.scoring.scorer import Scorer
+from ekiben.serving.security.signer import signing_key
+from ekiben.serving.security.trust import write_key
 
 SERVICE = Path(__file__).resolve().parents[1] / "bentos" / "scorer" / "service.py"
 TRAINING = {"pandas", "sklearn", "mlflow", "optuna", "fairlearn", "shap", "matplotlib", "nbdev", "papermill", "ekiben"}

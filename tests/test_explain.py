@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ekiben.errors import RowError
-from ekiben.serving.compiled import Lane
-from ekiben.serving.lightgbm import CONTRIBUTIONS, RAW, NativeBooster, SingleRow
-from ekiben.serving.scorer import Scorer
-from ekiben.serving.treeshap import Leaf, Passage, TreeShap, Unsuited, read_leaves
+from ekiben.serving.scoring.compiled import Lane
+from ekiben.serving.scoring.lightgbm import CONTRIBUTIONS, RAW, NativeBooster, SingleRow
+from ekiben.serving.scoring.scorer import Scorer
+from ekiben.serving.scoring.treeshap import Leaf, Passage, TreeShap, Unsuited, read_leaves
 
 TASKS = ("binary", "multiclass", "regression")
 
@@ -229,7 +229,7 @@ def test_what_comes_out_otherwise_is_never_used(monkeypatch):
         TreeShap(other, booster)
     real = read_leaves(text)
     empty = Leaf(0, 1.0, {0: Passage(share=0.0)})
-    monkeypatch.setattr("ekiben.serving.treeshap.read_leaves", lambda text: ([*real[0], empty], *real[1:]))
+    monkeypatch.setattr("ekiben.serving.scoring.treeshap.read_leaves", lambda text: ([*real[0], empty], *real[1:]))
     with pytest.raises(Unsuited, match="no training row"):
         TreeShap(text, booster)
 

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ekiben.serving.guards import FAILURES_PER_S, Bucket, Caller, Guard, is_loopback, word_of
-from ekiben.serving.issuing import add_key, revoke_key, rotate_key
-from ekiben.serving.keys import ROLES, KeyFile
+from ekiben.serving.http.guards import FAILURES_PER_S, Bucket, Caller, Guard, is_loopback, word_of
+from ekiben.serving.security.issuing import add_key, revoke_key, rotate_key
+from ekiben.serving.security.keys import ROLES, KeyFile
 from ekiben.serving.problem import Problem
-from ekiben.serving.routes import ADMIN, ELSEWHERE, OBSERVERS, PREDICTORS, ROUTES
+from ekiben.serving.http.routes import ADMIN, ELSEWHERE, OBSERVERS, PREDICTORS, ROUTES
 
 HERE = ("127.0.0.1", 50000)
 HOST = (b"host", b"127.0.0.1:3000")
@@ -197,7 +197,7 @@ def test_what_a_proxy_forwards_needs_a_key(name: bytes, path: Path) -> None:
 def test_sockets_say_where_the_process_listens() -> None:
     code = (
         "import socket, sys\n"
-        "from ekiben.serving.guards import listens_on_loopback as asked\n"
+        "from ekiben.serving.http.guards import listens_on_loopback as asked\n"
         "said = [asked(), asked(default=True)]\n"
         "open_ = [socket.create_server((host, 0)) for host in ('127.0.0.1', '127.0.0.2')]\n"
         "idle = socket.socket(); idle.bind(('0.0.0.0', 0))\n"

@@ -11,13 +11,13 @@ from bundles import Project, make_columns, make_project
 from fuzz import Bodies, Body, fault_of, open_state, send, send_all
 
 from ekiben.errors import RowError
-from ekiben.serving import body
-from ekiben.serving.app import ServiceApp
-from ekiben.serving.body import Patience
+from ekiben.serving.http import body
+from ekiben.serving.http.app import ServiceApp
+from ekiben.serving.http.body import Patience
 from ekiben.serving.bundle import Limits
-from ekiben.serving.lifecycle import Idlers
+from ekiben.serving.http.lifecycle import Idlers
 from ekiben.serving.problem import Problem
-from ekiben.serving.state import State
+from ekiben.serving.http.state import State
 
 JSON = b"application/json"
 ROW = make_columns(1, 5).to_rows()[0]
@@ -85,7 +85,7 @@ def test_names_that_a_client_made_up_come_back_short(opened, path) -> None:
 
 def test_a_name_is_looked_up_only_for_mistakes_that_are_told(opened, monkeypatch) -> None:
     from ekiben import errors, rows
-    from ekiben.serving import cells
+    from ekiben.serving.http import cells
 
     looked = []
 
@@ -247,7 +247,7 @@ def test_a_bad_gzip_is_told_before_it_is_unpacked_further_than_allowed() -> None
 def test_to_look_at_the_sockets_opens_nothing(tmp_path) -> None:
     import os
 
-    from ekiben.serving.guards import listens_on_loopback
+    from ekiben.serving.http.guards import listens_on_loopback
 
     with (tmp_path / "a file").open("wb"):
         before = len(os.listdir("/dev/fd"))

@@ -21,12 +21,12 @@ from bundles import make_project
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ekiben.serving import hosting as hosting_module
-from ekiben.serving import leaving as leaving_module
-from ekiben.serving import logbook as logbook_module
-from ekiben.serving.app import ServiceApp
+from ekiben.serving.hosting import hosting as hosting_module
+from ekiben.serving.hosting import leaving as leaving_module
+from ekiben.serving.hosting import logbook as logbook_module
+from ekiben.serving.http.app import ServiceApp
 from ekiben.serving.bundle import load_bundle, stamp_bundle
-from ekiben.serving.deployment import (
+from ekiben.serving.hosting.deployment import (
     ACCEPTED,
     BUNDLES,
     DEPLOYMENT,
@@ -40,17 +40,17 @@ from ekiben.serving.deployment import (
     read_status,
     write_deployment,
 )
-from ekiben.serving.journal import read_journal
+from ekiben.serving.journal.journal import read_journal
 from ekiben.serving.options import ServiceOptions
-from ekiben.serving.referee import Moments, judge_errors, judge_latency, judge_loss, judge_shift
-from ekiben.serving.routing import place_of
-from ekiben.serving.seal import seal_journal
-from ekiben.serving.sealed import open_journal, sealed_files
-from ekiben.serving.signer import sign_folder, signing_key
-from ekiben.serving.standing import EVENTS, STATUS
-from ekiben.serving.state import State
-from ekiben.serving.traffic import read_traffic
-from ekiben.serving.trust import trusted_keys
+from ekiben.serving.hosting.referee import Moments, judge_errors, judge_latency, judge_loss, judge_shift
+from ekiben.serving.hosting.routing import place_of
+from ekiben.serving.journal.seal import seal_journal
+from ekiben.serving.journal.sealed import open_journal, sealed_files
+from ekiben.serving.security.signer import sign_folder, signing_key
+from ekiben.serving.hosting.standing import EVENTS, STATUS
+from ekiben.serving.http.state import State
+from ekiben.serving.signals.traffic import read_traffic
+from ekiben.serving.security.trust import trusted_keys
 
 ROW = {"age": 30, "income": 1.0, "job": "clerk", "place": "L", "member": True, "since": "2020-01-01"}
 LOOSE = GuardLimits(max_error_rate=1, max_latency_ratio=1e9, max_loss_gap=1e9, max_shift=1e9)
@@ -324,7 +324,7 @@ def test_tables_and_explanations_go_where_single_rows_go(place):
 
 
 def test_each_answer_is_the_one_that_its_model_gives(place, signed):
-    from ekiben.serving.scorer import Scorer
+    from ekiben.serving.scoring.scorer import Scorer
 
     place.deploy("3", "4")
     state = place.open()
@@ -354,7 +354,7 @@ def test_a_shadow_is_journalled_under_the_same_id_and_nobody_sees_it(place):
 
 
 def test_a_shadow_that_is_behind_drops_and_says_how_many(place, monkeypatch):
-    monkeypatch.setattr("ekiben.serving.split.MOST_WAITING", 5)
+    monkeypatch.setattr("ekiben.serving.hosting.split.MOST_WAITING", 5)
     place.deploy("3", "4", mode="shadow")
     state = place.open()
     gate, score = threading.Event(), state.split.challenger.scorer.score_rows
@@ -607,7 +607,7 @@ def test_in_the_shadow_one_truth_counts_for_both(place):
 
 
 def test_what_is_remembered_for_the_truth_is_bounded(place, monkeypatch):
-    monkeypatch.setattr("ekiben.serving.tally.KEPT", 10)
+    monkeypatch.setattr("ekiben.serving.hosting.tally.KEPT", 10)
     place.deploy("3", "4")
     state = place.open(journal=False)
     ask(state, range(200))
@@ -721,7 +721,7 @@ def test_models_that_answer_different_questions_do_not_stand_beside_each_other(p
 def test_whom_nobody_trusts_deploys_nothing(place, monkeypatch):
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    from ekiben.serving.signer import Signer
+    from ekiben.serving.security.signer import Signer
 
     place.deploy("3")
     state = place.open()
@@ -787,7 +787,7 @@ def test_roles_are_sealed_and_old_files_without_them_are_still_read(place):
 
 @pytest.mark.parametrize("is_sealed", [False, True])
 def test_whoever_is_forgotten_is_forgotten_in_every_role(place, is_sealed):
-    from ekiben.serving.erase import Eraser, Person
+    from ekiben.serving.journal.erase import Eraser, Person
 
     place.deploy("3", "4", mode="shadow")
     state = place.open()

@@ -19,11 +19,11 @@ import pytest
 
 from ekiben.bento import build_bento
 from ekiben.serving.bundle import load_bundle, stamp_bundle
-from ekiben.serving.deployment import Deployment, add_bundle, deployment_folder, now, read_events, read_status, write_deployment
-from ekiben.serving.journal import read_journal
+from ekiben.serving.hosting.deployment import Deployment, add_bundle, deployment_folder, now, read_events, read_status, write_deployment
+from ekiben.serving.journal.journal import read_journal
 from ekiben.serving.run import find_deployment, start_bento, stop_process, wait_ready, who_serves
-from ekiben.serving.signer import sign_folder, signing_key
-from ekiben.serving.trust import trusted_keys
+from ekiben.serving.security.signer import sign_folder, signing_key
+from ekiben.serving.security.trust import trusted_keys
 
 SERVICE = Path(__file__).resolve().parents[1] / "bentos" / "scorer" / "service.py"
 ROW = {"age": 30, "income": 1.0, "job": "clerk", "place": "L", "member": True, "since": "2020-01-01"}

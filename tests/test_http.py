@@ -12,14 +12,14 @@ import httpx
 import pytest
 from bundles import Project, make_project
 
-from ekiben.serving.app import ServiceApp
-from ekiben.serving.body import Patience
+from ekiben.serving.http.app import ServiceApp
+from ekiben.serving.http.body import Patience
 from ekiben.serving.bundle import Limits
-from ekiben.serving.journal import read_journal
-from ekiben.serving.issuing import add_key
+from ekiben.serving.journal.journal import read_journal
+from ekiben.serving.security.issuing import add_key
 from ekiben.serving.options import ServiceOptions
-from ekiben.serving.routes import ROUTES
-from ekiben.serving.state import State
+from ekiben.serving.http.routes import ROUTES
+from ekiben.serving.http.state import State
 
 ROW = {"age": 30, "income": 1.0, "job": "clerk", "place": "L", "member": True, "since": "2020-01-01"}
 BODY = json.dumps({"rows": [ROW]}).encode()

@@ -32,16 +32,16 @@ from ekiben.prepare.clean import private_key as project_key
 from ekiben.records import Field, Schema
 from ekiben.rows import RowReader
 from ekiben.runs import Layout, StepResult
-from ekiben.serving import seal
-from ekiben.serving.app import State
-from ekiben.serving.commit import Committer
-from ekiben.serving.erase import Eraser, Person, rekey
-from ekiben.serving.journal import Journal, new_ids, read_journal
-from ekiben.serving.keeping import JournalOptions
-from ekiben.serving.keyring import KeyRing, ring_path
-from ekiben.serving.seal import seal_journal
-from ekiben.serving.sealed import open_journal, sealed_files
-from ekiben.serving.segments import FEEDBACK, PREDICTION, Segment, SegmentWriter, encode_event, frame, list_segments, origin_of
+from ekiben.serving.journal import seal
+from ekiben.serving.http.app import State
+from ekiben.serving.journal.commit import Committer
+from ekiben.serving.journal.erase import Eraser, Person, rekey
+from ekiben.serving.journal.journal import Journal, new_ids, read_journal
+from ekiben.serving.journal.keeping import JournalOptions
+from ekiben.serving.journal.keyring import KeyRing, ring_path
+from ekiben.serving.journal.seal import seal_journal
+from ekiben.serving.journal.sealed import open_journal, sealed_files
+from ekiben.serving.journal.segments import FEEDBACK, PREDICTION, Segment, SegmentWriter, encode_event, frame, list_segments, origin_of
 from ekiben.store import Store
 
 SCHEMA = Schema(
@@ -452,8 +452,8 @@ SERVER = """
 import sys
 from pathlib import Path
 import uvicorn
-from ekiben.serving.app import ServiceApp, State
-from ekiben.serving.keeping import JournalOptions
+from ekiben.serving.http.app import ServiceApp, State
+from ekiben.serving.journal.keeping import JournalOptions
 bundle, journal, durability, port, encryption = sys.argv[1:]
 state = State()
 state.open(Path(bundle), journal=Path(journal), options=JournalOptions(durability=durability, encryption=encryption == "yes"))
@@ -837,11 +837,11 @@ def test_ids_never_repeat_across_threads_and_forks() -> None:
 
 def test_a_part_of_an_encrypted_journal_can_be_asked_for(tmp_path):
     from ekiben.records import Field, Schema
-    from ekiben.serving.journal import Journal, new_ids
-    from ekiben.serving.keeping import JournalOptions
-    from ekiben.serving.seal import seal_journal
-    from ekiben.serving.sealed import open_journal
-    from ekiben.serving.segments import Origin
+    from ekiben.serving.journal.journal import Journal, new_ids
+    from ekiben.serving.journal.keeping import JournalOptions
+    from ekiben.serving.journal.seal import seal_journal
+    from ekiben.serving.journal.sealed import open_journal
+    from ekiben.serving.journal.segments import Origin
 
     schema = Schema(fields=(Field(name="age", kind="number"),), task="binary", target="y", classes=("no", "yes"))
     journal, ids = Journal(tmp_path, Origin(model={"name": "c", "version": "3", "bento": ""}, schema=schema)), new_ids(400)

@@ -14,15 +14,15 @@ from test_journal import FAST, ORIGIN, everything, keep, make_row
 
 from ekiben.cli import main
 from ekiben.errors import IntegrityError, ServiceError
-from ekiben.serving import seal
-from ekiben.serving.cipher import Cipher
-from ekiben.serving.erase import Eraser, Person, rekey
-from ekiben.serving.journal import Journal, new_ids, read_journal
-from ekiben.serving.keeping import JournalOptions
-from ekiben.serving.keyring import KeyRing, ring_for, ring_path
-from ekiben.serving.seal import seal_journal
-from ekiben.serving.sealed import open_journal
-from ekiben.serving.segments import HEAD, VEILED, Segment, SegmentWriter, frame, keys_of_segments, list_segments
+from ekiben.serving.journal import seal
+from ekiben.serving.journal.cipher import Cipher
+from ekiben.serving.journal.erase import Eraser, Person, rekey
+from ekiben.serving.journal.journal import Journal, new_ids, read_journal
+from ekiben.serving.journal.keeping import JournalOptions
+from ekiben.serving.journal.keyring import KeyRing, ring_for, ring_path
+from ekiben.serving.journal.seal import seal_journal
+from ekiben.serving.journal.sealed import open_journal
+from ekiben.serving.journal.segments import HEAD, VEILED, Segment, SegmentWriter, frame, keys_of_segments, list_segments
 
 SECRET = JournalOptions(encryption=True)
 RING = KeyRing().with_new()

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 from ekiben.cli import main
 from ekiben.errors import EkibenError, IntegrityError, SettingsError, UsageError
-from ekiben.serving.issuing import add_key, revoke_key, rotate_key
-from ekiben.serving.keys import ApiKey, KeyFile, Keys, keys_path, read_keys
+from ekiben.serving.security.issuing import add_key, revoke_key, rotate_key
+from ekiben.serving.security.keys import ApiKey, KeyFile, Keys, keys_path, read_keys
 
 NOW = datetime.now(UTC)
 
@@ -116,7 +116,7 @@ def test_an_id_revokes_one_key_of_a_name(path: Path) -> None:
 
 
 def test_processes_that_add_at_once_lose_no_key(path: Path) -> None:
-    code = "import sys; from pathlib import Path; from ekiben.serving.issuing import add_key\n"
+    code = "import sys; from pathlib import Path; from ekiben.serving.security.issuing import add_key\n"
     code += "for i in range(8): add_key(Path(sys.argv[1]), f'{sys.argv[2]}{i}', ['predict'])"
     started = [subprocess.Popen([sys.executable, "-c", code, str(path), name]) for name in "abcd"]
     assert [process.wait(120) for process in started] == [0] * 4
@@ -233,7 +233,7 @@ def test_a_change_within_one_tick_of_the_clock_is_seen(path: Path, monkeypatch: 
     found, now = path.stat(), time.time()
     same = SimpleNamespace(st_mtime=now, st_mtime_ns=1, st_ctime_ns=1, st_ino=found.st_ino, st_size=found.st_size)
     with monkeypatch.context() as patch:
-        patch.setattr("ekiben.serving.keys.os.stat", lambda _: same)
+        patch.setattr("ekiben.serving.security.keys.os.stat", lambda _: same)
         file = KeyFile(path)
         path.write_text(text.replace(json.loads(text)["keys"][0]["digest"], "0" * 64))
         assert file.refresh() and file.verify(word.encode()) is None
@@ -253,7 +253,7 @@ def test_a_link_that_is_turned_is_followed(tmp_path: Path) -> None:
 
 def test_a_writer_and_a_reader_at_once_never_meet_half_a_file(path: Path) -> None:
     _, word = add_key(path, "shop", ["predict"])
-    code = "import sys; from pathlib import Path; from ekiben.serving.issuing import add_key\n"
+    code = "import sys; from pathlib import Path; from ekiben.serving.security.issuing import add_key\n"
     code += "for i in range(40): add_key(Path(sys.argv[1]), f'n{i}', ['predict'])"
     file = KeyFile(path)
     writer = subprocess.Popen([sys.executable, "-c", code, str(path)])

@@ -16,7 +16,7 @@ from ekiben import ledger
 from ekiben.chain import FIRST, Head, Memory, canonical, hash_of, read_head, read_lines, write_head
 from ekiben.errors import EkibenError, IntegrityError, UsageError
 from ekiben.ledger import append, ledger_path, read, verify
-from ekiben.serving.signer import key_path, revoke_key, rotate_key, signing_key
+from ekiben.serving.security.signer import key_path, revoke_key, rotate_key, signing_key
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from ekiben.serving.bundle import load_bundle
-from ekiben.serving.deployment import deployment_folder, read_deployment, read_status
-from ekiben.serving.trust import trusted_keys
+from ekiben.serving.hosting.deployment import deployment_folder, read_deployment, read_status
+from ekiben.serving.security.trust import trusted_keys
 from ekiben.simulate.client import Callers, Orders
 from ekiben.simulate.operator import Operator
 from ekiben.simulate.plan import Plan

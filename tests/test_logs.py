@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from ekiben.errors import RowError, UsageError
-from ekiben.serving import logs, otel
-from ekiben.serving.otel import Exporter, endpoint_of
-from ekiben.serving.traces import CURRENT, STATE_BYTES, UNRECORDED, Sampling, Trace
+from ekiben.serving.signals import logs, otel
+from ekiben.serving.signals.otel import Exporter, endpoint_of
+from ekiben.serving.signals.traces import CURRENT, STATE_BYTES, UNRECORDED, Sampling, Trace
 
 TRACE_ID, SPAN_ID = b"4bf92f3577b34da6a3ce929d0e0e4736", b"00f067aa0ba902b7"
 CAME = b"00-" + TRACE_ID + b"-" + SPAN_ID + b"-01"
@@ -369,8 +369,8 @@ def test_what_cannot_be_sent_is_refused_at_the_start(monkeypatch):
 def test_without_a_collector_nothing_of_opentelemetry_is_loaded():
     code = """
 import sys
-from ekiben.serving.otel import Exporter
-from ekiben.serving import logs, telemetry
+from ekiben.serving.signals.otel import Exporter
+from ekiben.serving.signals import logs, telemetry
 assert Exporter.from_env("", {}) is None
 print([name for name in sys.modules if name.startswith(("opentelemetry", "prometheus_client", "requests"))])
 """

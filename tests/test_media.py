@@ -21,13 +21,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ekiben.errors import RowError
-from ekiben.serving import media
+from ekiben.serving.http import media
 from ekiben.serving.bundle import Limits
-from ekiben.serving.arrays import read_table
-from ekiben.serving.cells import read_texts, to_json_value
-from ekiben.serving.journal import new_ids
+from ekiben.serving.http.arrays import read_table
+from ekiben.serving.http.cells import read_texts, to_json_value
+from ekiben.serving.journal.journal import new_ids
 from ekiben.serving.problem import Problem
-from ekiben.serving.scorer import Scorer
+from ekiben.serving.scoring.scorer import Scorer
 
 TASKS = ("binary", "multiclass", "regression")
 TABLES = (media.CSV, media.ARROW_STREAM, media.ARROW_FILE, media.PARQUET)
@@ -109,7 +109,7 @@ def test_a_table_gets_the_bits_that_its_rows_get(tmp_path, kind, task):
 
 def read_back(kind: str, raw: bytes, scorer: Scorer) -> list[Any]:
     """Return answers from the bytes that a client gets, as the scorer's own."""
-    from ekiben.serving.scorer import Answer
+    from ekiben.serving.scoring.scorer import Answer
 
     if kind == media.JSON:
         said = msgspec.json.decode(raw)
@@ -359,9 +359,9 @@ def test_tables_need_nothing_heavy(tmp_path, scorer):
     program = f"""
 import sys
 from pathlib import Path
-from ekiben.serving import media
+from ekiben.serving.http import media
 from ekiben.serving.bundle import load_bundle
-from ekiben.serving.scorer import Scorer
+from ekiben.serving.scoring.scorer import Scorer
 assert "pyarrow" not in sys.modules
 scorer = Scorer(load_bundle(Path({str(scorer.bundle.folder)!r})))
 for kind, path in {paths!r}.items():

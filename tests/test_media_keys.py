@@ -18,14 +18,14 @@ from bundles import make_columns, make_project
 from test_media import TABLES, refused, to_csv, to_parquet, to_stream, write
 
 from ekiben.records import Field
-from ekiben.serving import media
-from ekiben.serving.app import ServiceApp
+from ekiben.serving.http import media
+from ekiben.serving.http.app import ServiceApp
 from ekiben.serving.bundle import Limits
-from ekiben.serving.erase import Eraser, Person
-from ekiben.serving.journal import read_journal
+from ekiben.serving.journal.erase import Eraser, Person
+from ekiben.serving.journal.journal import read_journal
 from ekiben.serving.problem import Problem
-from ekiben.serving.scorer import Scorer
-from ekiben.serving.state import State
+from ekiben.serving.scoring.scorer import Scorer
+from ekiben.serving.http.state import State
 
 MORE = (
     Field(name="account", kind="number", role="id", is_input=False),

@@ -226,7 +226,7 @@ def test_labels_that_come_days_later_are_seen_by_the_window_they_come_in(served:
 
 
 def test_versions_are_counted_apart_and_shadow_answers_not_at_all(served: Callable[..., Served]) -> None:
-    pytest.importorskip("ekiben.serving.hosting", reason="this journal knows no roles yet")
+    pytest.importorskip("ekiben.serving.hosting.hosting", reason="this journal knows no roles yet")
     project = served()
     end = time.time() - 5
     project.serve(people(600, 18), end=end, version="3", role="champion")
@@ -277,7 +277,7 @@ def test_few_rows_and_none_are_not_judged_and_said_so(served: Callable[..., Serv
 
 
 def test_a_bundle_from_before_there_was_a_reference_is_still_looked_at(served: Callable[..., Served]) -> None:
-    from ekiben.serving.integrity import seal_folder
+    from ekiben.serving.security.integrity import seal_folder
 
     project = served()
     files = {n: raw for n, raw in project.bundle.files.items() if n != "reference.json"}

@@ -25,8 +25,8 @@ from ekiben.records import Policy
 from ekiben.registry import requirements_of
 from ekiben.runtimes import Choice, choose_runtime
 from ekiben.serving.bundle import Bundle, Limits, Lineage
-from ekiben.serving.onnx import OnnxEngine
-from ekiben.serving.scorer import FEW, Scorer, self_test
+from ekiben.serving.scoring.onnx import OnnxEngine
+from ekiben.serving.scoring.scorer import FEW, Scorer, self_test
 from ekiben.trees import ZERO, read_lightgbm
 
 pytest.importorskip("onnx")
@@ -326,7 +326,7 @@ def test_the_serving_process_imports_neither_scikit_learn_nor_the_converters(tmp
     bundle, _ = choose(tmp_path, project, "onnx")
     code = (
         "import sys; from pathlib import Path\n"
-        "from ekiben.serving.bundle import load_bundle; from ekiben.serving.scorer import Scorer\n"
+        "from ekiben.serving.bundle import load_bundle; from ekiben.serving.scoring.scorer import Scorer\n"
         f"bundle = load_bundle(Path({str(bundle.folder)!r})); Scorer(bundle).score_rows([bundle.examples[0].row])\n"
         "never = {'sklearn', 'pandas', 'scipy', 'skops', 'onnx', 'skl2onnx', 'mlflow', 'lightgbm', 'optuna'}\n"
         "print(sorted(never & set(sys.modules)))"

@@ -23,10 +23,10 @@ from hypothesis.errors import Unsatisfiable
 from openapi_spec_validator import validate
 
 from ekiben.records import Policy
-from ekiben.serving.app import ServiceApp
+from ekiben.serving.http.app import ServiceApp
 from ekiben.serving.bundle import Limits
-from ekiben.serving.routes import ROUTES
-from ekiben.serving.state import State
+from ekiben.serving.http.routes import ROUTES
+from ekiben.serving.http.state import State
 
 SERVICES: dict[str, dict[str, Any]] = {
     "binary": {},

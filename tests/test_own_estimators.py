@@ -29,8 +29,8 @@ from ekiben.runtimes import candidate_models
 from ekiben.scoring import score_file
 from ekiben.serving.bundle import Bundle, Limits, Lineage, load_bundle
 from ekiben.serving.options import ServiceOptions
-from ekiben.serving.scorer import Scorer, self_test
-from ekiben.serving.state import State
+from ekiben.serving.scoring.scorer import Scorer, self_test
+from ekiben.serving.http.state import State
 from ekiben.skopsfile import dump_estimator, load_estimator, named_types
 from ekiben.store import Store
 from ekiben.trusted import VARIABLE, declare_types, declared_types, trusted_types
@@ -228,7 +228,7 @@ def test_champion_and_challenger_of_one_class_answer_in_one_service(tmp_path, mo
     from test_hosting import Place
 
     from ekiben.serving.bundle import stamp_bundle
-    from ekiben.serving.signer import sign_folder, signing_key
+    from ekiben.serving.security.signer import sign_folder, signing_key
 
     signer, signed, said = signing_key(say=lambda line: None), {}, {}
     declare_types([NAME])

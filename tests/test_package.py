@@ -82,7 +82,7 @@ def test_a_feature_that_looks_at_other_rows_is_caught(tmp_path):
         lineage=Lineage(), limits=Limits(),
     )  # fmt: skip
     held_out = make_columns(200, seed=3)
-    from ekiben.serving.scorer import Scorer
+    from ekiben.serving.scoring.scorer import Scorer
 
     prediction, decision = Scorer(bundle).score_columns(held_out)
     with pytest.raises(IntegrityError, match="depends on other rows"):

@@ -14,8 +14,8 @@ from bundles import make_project
 from ekiben.records import Field
 from ekiben.rows import Check
 from ekiben.serving.bundle import Limits, load_bundle
-from ekiben.serving.page import policy_of, write_field, write_page
-from ekiben.serving.scorer import Scorer
+from ekiben.serving.http.page import policy_of, write_field, write_page
+from ekiben.serving.scoring.scorer import Scorer
 
 HOSTILE = '</script><script>alert(1)</script>"\'><img src=x onerror=alert(1)>&amp;'
 

@@ -16,11 +16,11 @@ import uvicorn
 from browser import CHROMIUM, browsing
 from bundles import Project, make_project
 
-from ekiben.serving.app import ServiceApp
+from ekiben.serving.http.app import ServiceApp
 from ekiben.serving.bundle import Limits
-from ekiben.serving.issuing import add_key
+from ekiben.serving.security.issuing import add_key
 from ekiben.serving.options import ServiceOptions
-from ekiben.serving.state import State
+from ekiben.serving.http.state import State
 
 pytestmark = [
     pytest.mark.slow,

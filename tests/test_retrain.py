@@ -47,8 +47,8 @@ from ekiben.runner.plan import Plan
 from ekiben.runner.screen import Screen
 from ekiben.runs import Layout, Run, StepResult
 from ekiben.sections import ColumnsSection, DataSection, RetrainSection
-from ekiben.serving.journal import Journal, new_ids
-from ekiben.serving.segments import origin_of
+from ekiben.serving.journal.journal import Journal, new_ids
+from ekiben.serving.journal.segments import origin_of
 from ekiben.store import Store
 
 EKIBEN = [sys.executable, "-c", "import sys; from ekiben.cli import main; sys.exit(main())"]
@@ -135,7 +135,7 @@ def test_shadow_answers_and_rows_without_a_truth_teach_nothing(tmp_path: Path) -
 
 
 def _columns(root: Path) -> set[str]:
-    from ekiben.serving.sealed import open_journal
+    from ekiben.serving.journal.sealed import open_journal
 
     with open_journal(root / ".ekiben/journal") as db:
         return {row[0] for row in db.execute("DESCRIBE journal").fetchall()}
@@ -593,7 +593,7 @@ def aliases(root: Path) -> dict[str, str]:
 
 def journal_truths(root: Path, rows: list[dict[str, Any]], place: Path) -> None:
     """Journal rows as the champion's service does, each with its truth."""
-    from ekiben.serving.scorer import Scorer
+    from ekiben.serving.scoring.scorer import Scorer
 
     bundle = bundle_of(root, aliases(root)["champion"], place)
     names = [f.name for f in Scorer(bundle).request_schema.inputs]
@@ -643,7 +643,7 @@ def test_after_a_change_of_the_world_a_killed_retraining_is_carried_on_and_its_c
     from sklearn.metrics import roc_auc_score
 
     from ekiben.retrain.candidates import predict_validation
-    from ekiben.serving.scorer import Scorer
+    from ekiben.serving.scoring.scorer import Scorer
 
     rows = pq.read_table(credit.parent / "new.parquet").to_pylist()
     journal_truths(credit, rows, tmp_path)

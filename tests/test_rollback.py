@@ -22,10 +22,10 @@ from ekiben.rollout.back import roll_back
 from ekiben.rollout.control import roll_out
 from ekiben.rollout.earlier import champions, deployed_versions
 from ekiben.rollout.place import current, environment_folder
-from ekiben.serving.deployment import Arm, Deployment, Status, now, read_deployment, write_deployment
+from ekiben.serving.hosting.deployment import Arm, Deployment, Status, now, read_deployment, write_deployment
 from ekiben.serving.run import trust_of
 from ekiben.serving.served import Served
-from ekiben.serving.signer import signing_key
+from ekiben.serving.security.signer import signing_key
 
 
 def nobody(root: Path, to: str) -> None:

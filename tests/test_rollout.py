@@ -26,11 +26,11 @@ from ekiben.rollout.control import roll_out
 from ekiben.rollout.place import controlling, current, environment_folder, publish, remove_leftovers
 from ekiben.rollout.promote import promote
 from ekiben.serving.bundle import load_bundle
-from ekiben.serving.deployment import Arm, Deployment, append_event, now, parse_time
+from ekiben.serving.hosting.deployment import Arm, Deployment, append_event, now, parse_time
 from ekiben.serving.run import trust_of
 from ekiben.serving.served import Served
-from ekiben.serving.signer import Signer, signing_key
-from ekiben.serving.trust import Trust
+from ekiben.serving.security.signer import Signer, signing_key
+from ekiben.serving.security.trust import Trust
 from ekiben.settings import load_settings
 
 
@@ -293,7 +293,7 @@ def test_another_environment_moves_an_alias_of_its_own(site: Site) -> None:
 def test_a_key_that_no_service_trusts_signs_nothing(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    from ekiben.serving.trust import write_key
+    from ekiben.serving.security.trust import write_key
 
     other = Ed25519PrivateKey.generate().public_key().public_bytes_raw()
     monkeypatch.setenv("EKIBEN_TRUSTED_KEYS", write_key(other))
@@ -489,9 +489,9 @@ def write_answers(journal: Path, version: str, role: str, chance: dict[str, floa
     """Keep an answer for everybody: positive with the chance of their group."""
     from bundles import make_schema
 
-    from ekiben.serving.journal import Journal, new_ids
-    from ekiben.serving.keeping import JournalOptions
-    from ekiben.serving.segments import origin_of
+    from ekiben.serving.journal.journal import Journal, new_ids
+    from ekiben.serving.journal.keeping import JournalOptions
+    from ekiben.serving.journal.segments import origin_of
 
     origin = origin_of(make_schema("binary"), ["age"], {"name": "census", "version": version, "bento": "", "role": role})
     rng, book = random.Random(3), Journal(journal, origin, JournalOptions())

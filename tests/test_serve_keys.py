@@ -24,11 +24,11 @@ from test_tls import make_pair
 from ekiben.bento import build_bento
 from ekiben.cli import main
 from ekiben.serving.bundle import stamp_bundle
-from ekiben.serving.issuing import add_key
+from ekiben.serving.security.issuing import add_key
 from ekiben.serving.options import ServiceOptions
 from ekiben.serving.run import start_bento, stop_process, wait_ready
 from ekiben.serving.served import Served
-from ekiben.serving.tls import check_tls
+from ekiben.serving.security.tls import check_tls
 
 SERVICE = Path(__file__).resolve().parents[1] / "bentos" / "scorer" / "service.py"
 pytestmark = pytest.mark.slow

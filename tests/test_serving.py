@@ -19,12 +19,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ekiben.errors import IntegrityError, RowError
 from ekiben.records import Policy
-from ekiben.serving.app import ServiceApp
-from ekiben.serving.state import State
+from ekiben.serving.http.app import ServiceApp
+from ekiben.serving.http.state import State
 from ekiben.serving.bundle import Limits, load_bundle, stamp_bundle
-from ekiben.serving.integrity import open_folder
-from ekiben.serving.journal import new_ids, read_journal
-from ekiben.serving.scorer import Scorer, self_test
+from ekiben.serving.security.integrity import open_folder
+from ekiben.serving.journal.journal import new_ids, read_journal
+from ekiben.serving.scoring.scorer import Scorer, self_test
 
 TASKS = ("binary", "multiclass", "regression")
 
@@ -176,7 +176,7 @@ def test_two_bundles_with_other_code_live_in_one_process(tmp_path):
     second = make_project(tmp_path / "b", seed=5)
     code = (second.bundle.folder / "code" / "places.py").read_text()
     files = open_folder(second.bundle.folder)
-    from ekiben.serving.integrity import seal_folder
+    from ekiben.serving.security.integrity import seal_folder
 
     files["code/places.py"] = code.replace("Paris", "Oslo").encode()
     seal_folder(second.bundle.folder, files)
@@ -195,7 +195,7 @@ def test_the_digest_speaks_of_answers_and_not_of_origins(project, tmp_path):
 
 
 def test_a_wrong_answer_in_the_self_test_stops_the_service(project, tmp_path):
-    from ekiben.serving.integrity import seal_folder
+    from ekiben.serving.security.integrity import seal_folder
 
     files = open_folder(project.bundle.folder)
     examples = json.loads(files["examples.json"])
@@ -215,8 +215,8 @@ def test_the_serving_process_imports_nothing_heavy(tmp_path, runtime):
     program = f"""
 import sys
 from pathlib import Path
-from ekiben.serving.app import ServiceApp
-from ekiben.serving.state import State
+from ekiben.serving.http.app import ServiceApp
+from ekiben.serving.http.state import State
 state = State()
 state.open(Path({str(project.bundle.folder)!r}))
 state.scorer.explain_rows([state.scorer.bundle.examples[0].row], ["x"])

@@ -23,15 +23,15 @@ from ekiben.bento import build_bento, executed_notebooks
 from ekiben.cli import main
 from ekiben.errors import IntegrityError, ServiceError, SettingsError, UsageError
 from ekiben.runs import Layout, StepResult
-from ekiben.serving.app import State
+from ekiben.serving.http.app import State
 from ekiben.serving.bundle import load_bundle, stamp_bundle
 from ekiben.serving.inspection import find_signed, inspect
-from ekiben.serving.integrity import MANIFEST, SIGNATURE, describe_folder, open_folder, seal_folder
+from ekiben.serving.security.integrity import MANIFEST, SIGNATURE, describe_folder, open_folder, seal_folder
 from ekiben.serving.run import find_served, start_bento, stop_process, trust_of, wait_ready
 from ekiben.serving.served import Served, is_whole
-from ekiben.serving.signer import Signer, key_path, list_keys, revoke_key, rotate_key, sign_folder, signing_key, trust_key
-from ekiben.serving.signing import admit, check_signature, verify_folder
-from ekiben.serving.trust import key_id, read_key, trusted_keys, write_key
+from ekiben.serving.security.signer import Signer, key_path, list_keys, revoke_key, rotate_key, sign_folder, signing_key, trust_key
+from ekiben.serving.security.signing import admit, check_signature, verify_folder
+from ekiben.serving.security.trust import key_id, read_key, trusted_keys, write_key
 
 SERVICE = Path(__file__).resolve().parents[1] / "bentos" / "scorer" / "service.py"
 
@@ -283,7 +283,7 @@ def test_the_pair_is_made_once_kept_to_its_owner_and_outside_the_project(home):
 
 
 def test_two_processes_that_need_the_first_key_at_once_get_the_same(home):
-    program = "from ekiben.serving.signer import signing_key; print(signing_key(say=str).id)"
+    program = "from ekiben.serving.security.signer import signing_key; print(signing_key(say=str).id)"
     started = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(4)]
     assert {p.communicate()[0].strip() for p in started} == {signing_key(say=str).id}
     assert len(trusted_keys().keys) == 1
@@ -459,7 +459,7 @@ def test_all_of_a_bento_is_signed_with_model_code_schema_card_and_report(built):
     assert names == set(files_of(folder)) - {MANIFEST, SIGNATURE, "env/docker/Dockerfile"}
     assert {"bento.yaml", "README.md", "env/python/requirements.txt", "env/docker/entrypoint.sh", "src/service.py"} <= names
     assert {f"src/bundle/{n}" for n in ("model/booster.txt", "schema.json", "card.md", "code/pipeline/prepare.py")} <= names
-    assert {"src/ekiben/serving/app.py", "src/report/02_tune.html", "src/report/index.html"} <= names
+    assert {"src/ekiben/serving/http/app.py", "src/report/02_tune.html", "src/report/index.html"} <= names
     assert "How it was tuned" in (folder / "src" / "report" / "02_tune.html").read_text()
     assert (seal.kind, seal.name, seal.key) == ("bento", fact.tag, fact.key)
     assert len(said) == 1 and "made the signing key" in said[0]
@@ -481,12 +481,12 @@ def test_the_verifier_runs_before_anything_else_of_the_bento(built):
 import sys
 sys.path.insert(0, {str(source)!r})
 sys.dont_write_bytecode = True
-import ekiben.serving.signing as signing
+import ekiben.serving.security.signing as signing
 loaded = sorted(n for n in sys.modules if n.split(".")[0] in ("ekiben", "numpy", "msgspec", "cryptography"))
 print(loaded)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    parts = ("", ".errors", ".serving", ".serving.integrity", ".serving.signing", ".serving.trust")
+    parts = ("", ".errors", ".serving", ".serving.security", ".serving.security.integrity", ".serving.security.signing", ".serving.security.trust")
     assert done.stdout.strip() == str([f"ekiben{part}" for part in parts])
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from bundles import Project, make_project
 
-from ekiben.serving.journal import read_journal
+from ekiben.serving.journal.journal import read_journal
 
 ROW = {"age": 30, "income": 1.0, "job": "clerk", "place": "L", "member": True, "since": "2020-01-01"}
 BODY = json.dumps({"rows": [ROW]}).encode()
@@ -27,9 +27,9 @@ SERVER = """
 import os, sys
 from pathlib import Path
 import uvicorn
-from ekiben.serving.app import ServiceApp
-from ekiben.serving.lifecycle import Idlers
-from ekiben.serving.state import State
+from ekiben.serving.http.app import ServiceApp
+from ekiben.serving.http.lifecycle import Idlers
+from ekiben.serving.http.state import State
 bundle, journal, port, idle_s = sys.argv[1:]
 state = State()
 state.open(Path(bundle), journal=Path(journal))

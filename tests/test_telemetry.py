@@ -21,14 +21,14 @@ from ekiben.columns import Columns
 from ekiben.profile import profile_of
 from ekiben.records import Field, Schema
 from ekiben.rows import RowReader
-from ekiben.serving.app import ServiceApp
-from ekiben.serving.drifting import Window, psi, psi_noise
-from ekiben.serving.examiner import LONGEST, SAMPLE, Examiner
-from ekiben.serving.integrity import seal_folder
+from ekiben.serving.http.app import ServiceApp
+from ekiben.serving.signals.drifting import Window, psi, psi_noise
+from ekiben.serving.signals.examiner import LONGEST, SAMPLE, Examiner
+from ekiben.serving.security.integrity import seal_folder
 from ekiben.serving.options import ServiceOptions
-from ekiben.serving.scorer import Answer, Scorer
-from ekiben.serving.state import State
-from ekiben.serving.telemetry import FIGURES, MEDIA_TYPE, Telemetry
+from ekiben.serving.scoring.scorer import Answer, Scorer
+from ekiben.serving.http.state import State
+from ekiben.serving.signals.telemetry import FIGURES, MEDIA_TYPE, Telemetry
 
 
 def make_schema(task: str = "regression", classes: tuple[str, ...] = ()) -> Schema:
@@ -198,7 +198,7 @@ def test_the_sample_is_uniform(way):
 
 def test_no_more_than_the_rate_is_examined(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("ekiben.serving.examiner.monotonic", lambda: now[0])
+    monkeypatch.setattr("ekiben.serving.signals.examiner.monotonic", lambda: now[0])
     examiner = make_examiner(per_s=2_000)
     for i in range(20_000):  # 10,000 rows a second for two seconds
         now[0] = 100 + i / 10_000

@@ -17,12 +17,12 @@ from cryptography.x509.oid import NameOID
 
 from ekiben.errors import SettingsError, UsageError
 from ekiben.serving.address import Address, check_host, who_may_call
-from ekiben.serving.guards import Guard
-from ekiben.serving.issuing import add_key, revoke_key
-from ekiben.serving.keys import KeyFile
+from ekiben.serving.http.guards import Guard
+from ekiben.serving.security.issuing import add_key, revoke_key
+from ekiben.serving.security.keys import KeyFile
 from ekiben.serving.problem import Problem
-from ekiben.serving.routes import PREDICTORS
-from ekiben.serving.tls import Certificate, check_tls
+from ekiben.serving.http.routes import PREDICTORS
+from ekiben.serving.security.tls import Certificate, check_tls
 
 
 def lets_in(keys: KeyFile, is_private: bool) -> bool:

@@ -14,8 +14,8 @@ import pytest
 from ekiben.cli import main
 from ekiben.errors import UsageError
 from ekiben.runs import Layout
-from ekiben.serving.keeping import JournalOptions
-from ekiben.serving.seal import seal_journal
+from ekiben.serving.journal.keeping import JournalOptions
+from ekiben.serving.journal.seal import seal_journal
 from ekiben.trace.causes import find_cells
 from ekiben.trace.prediction import find_prediction, time_of
 from ekiben.trace.reasons import explain_again
@@ -115,9 +115,9 @@ def test_other_runtimes_and_tasks_are_traced_too(tmp_path, runtime, task):
 
 def test_a_shadow_is_beside_the_answer_and_alone_it_is_said_to_be_unseen(project, capsys):
     scored = project.answer()[0]
-    from ekiben.serving.journal import Journal
-    from ekiben.serving.scorer import Scorer
-    from ekiben.serving.segments import origin_of
+    from ekiben.serving.journal.journal import Journal
+    from ekiben.serving.scoring.scorer import Scorer
+    from ekiben.serving.journal.segments import origin_of
 
     names = [f.name for f in project.bundle.schema.inputs]
     for id_ in (scored, "0190f0a0-0000-7000-8000-000000000001"):
@@ -205,7 +205,7 @@ def test_a_row_that_was_changed_in_the_journal_is_found(project):
     row = next(r for r in project.rows if r["age"] is not None)
     (id_,) = project.answer(rows=[row])
     path = next((project.journal / "segments").iterdir())
-    from ekiben.serving.segments import PREDICTION, Segment, encode_event
+    from ekiben.serving.journal.segments import PREDICTION, Segment, encode_event
 
     segment = Segment.read(path)
     _, at, ids, rows, keys, answers = next(segment.events())

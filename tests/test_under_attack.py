@@ -27,7 +27,7 @@ from fuzz import resident_mb
 
 from ekiben.bento import build_bento
 from ekiben.serving.bundle import Limits, stamp_bundle
-from ekiben.serving.issuing import add_key
+from ekiben.serving.security.issuing import add_key
 from ekiben.serving.options import ServiceOptions
 from ekiben.serving.run import start_bento, stop_process, wait_ready
 

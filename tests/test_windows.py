@@ -26,9 +26,9 @@ from ekiben.profile import Profile, profile_of
 from ekiben.records import Field, Schema
 from ekiben.reference import LEAST, Moments, Reference, losses_of, reference_of, residuals_of, said_of
 from ekiben.serving.bundle import load_bundle, stamp_bundle, write_bundle
-from ekiben.serving.keeping import JournalOptions
-from ekiben.serving.seal import feedback_schema, prediction_schema, seal_journal, sealed_path
-from ekiben.serving.segments import origin_of
+from ekiben.serving.journal.keeping import JournalOptions
+from ekiben.serving.journal.seal import feedback_schema, prediction_schema, seal_journal, sealed_path
+from ekiben.serving.journal.segments import origin_of
 
 DAY = datetime(2026, 3, 1, tzinfo=UTC)
 INPUTS = [
@@ -188,7 +188,7 @@ def test_a_journal_without_feedback_or_without_anything_is_an_empty_window(tmp_p
 
 
 def test_an_encrypted_journal_is_read_and_a_column_it_does_not_have_counts_as_missing(tmp_path: Path) -> None:
-    from ekiben.serving.journal import Journal, new_ids
+    from ekiben.serving.journal.journal import Journal, new_ids
 
     s = Schema(fields=(INPUTS[0],), task="binary", target="y", classes=("no", "yes"))
     journal = Journal(tmp_path, origin_of(s, ["age"], {"name": "m", "version": "1", "bento": ""}))

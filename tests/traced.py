@@ -16,10 +16,10 @@ from ekiben.files import write_whole
 from ekiben.records import Judgement, Measure
 from ekiben.runs import Layout, Run, StepResult, StepRun, write_run
 from ekiben.serving.bundle import Bundle, Lineage, load_bundle, stamp_bundle
-from ekiben.serving.journal import Journal, new_ids
-from ekiben.serving.scorer import Scorer
-from ekiben.serving.segments import origin_of
-from ekiben.serving.signer import sign_folder, signing_key
+from ekiben.serving.journal.journal import Journal, new_ids
+from ekiben.serving.scoring.scorer import Scorer
+from ekiben.serving.journal.segments import origin_of
+from ekiben.serving.security.signer import sign_folder, signing_key
 from ekiben.store import Store
 
 RUN = "20260701-101500-ab12cd"

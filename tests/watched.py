@@ -17,10 +17,10 @@ from ekiben.metrics import quality
 from ekiben.profile import profile_of
 from ekiben.records import Field, Policy, Schema
 from ekiben.reference import reference_of
-from ekiben.serving import journal as journals
+from ekiben.serving.journal import journal as journals
 from ekiben.serving.bundle import Bundle, Lineage, write_bundle
-from ekiben.serving.journal import Journal
-from ekiben.serving.segments import origin_of
+from ekiben.serving.journal.journal import Journal
+from ekiben.serving.journal.segments import origin_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = """[pipeline]

@@ -8,7 +8,7 @@ an operator sets are the variables `EKIBEN_SERVE__*`.
 import os
 from pathlib import Path
 
-from ekiben.serving.signing import admit
+from ekiben.serving.security.signing import admit
 
 HERE = Path(__file__).resolve().parent
 SEAL = admit(HERE)  # every file of the Bento, before any of the rest is imported
@@ -16,11 +16,11 @@ SEAL = admit(HERE)  # every file of the Bento, before any of the rest is importe
 import bentoml  # noqa: E402
 
 from ekiben.errors import EkibenError  # noqa: E402
-from ekiben.serving.app import ServiceApp  # noqa: E402
-from ekiben.serving.logs import take_over  # noqa: E402
+from ekiben.serving.http.app import ServiceApp  # noqa: E402
+from ekiben.serving.signals.logs import take_over  # noqa: E402
 from ekiben.serving.options import ServiceOptions  # noqa: E402
-from ekiben.serving.state import State  # noqa: E402
-from ekiben.serving.trust import trusted_keys  # noqa: E402
+from ekiben.serving.http.state import State  # noqa: E402
+from ekiben.serving.security.trust import trusted_keys  # noqa: E402
 
 take_over()  # from here on, BentoML has set up its own logs
 STATE = State()
@@ -34,7 +34,7 @@ except EkibenError as exc:
     name="scorer",
     workers=1,
     threads=2,
-    # For its own pages; requests for ours never meet BentoML's middleware (see ekiben.serving.lifecycle).
+    # For its own pages; requests for ours never meet BentoML's middleware (see ekiben.serving.http.lifecycle).
     traffic={"timeout": 10},
     logging={"access": {"enabled": False}},
     ssl={"enabled": True, "certfile": OPTIONS.tls_certificate, "keyfile": OPTIONS.tls_key}

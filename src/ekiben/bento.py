@@ -27,11 +27,11 @@ from .registry import copy_framework, requirements_of
 from .reports import write_page
 from .runs import Layout, StepResult
 from .serving.bundle import Bundle
-from .serving.integrity import SIGNATURE
+from .serving.security.integrity import SIGNATURE
 from .serving.served import bento_folder
-from .serving.signer import Signer, sign_folder, signing_key
-from .serving.signing import verify_folder
-from .serving.trust import trusted_keys
+from .serving.security.signer import Signer, sign_folder, signing_key
+from .serving.security.signing import verify_folder
+from .serving.security.trust import trusted_keys
 
 # %% auto #0
 __all__ = ['SERVES', 'BentoFact', 'stage_bento', 'executed_notebooks', 'lay_report', 'build_bento', 'compile_sources']

@@ -24,7 +24,7 @@ from .serving.locks import locked, sync_folder
 from .values import hide_passwords
 
 if TYPE_CHECKING:
-    from ekiben.serving.signer import Signer
+    from ekiben.serving.security.signer import Signer
 
 # %% auto #0
 __all__ = ['FIRST', 'Entry', 'canonical', 'hash_of', 'write_entry', 'parse_entry', 'plain', 'Head', 'find_signer', 'sign_head',
@@ -144,7 +144,7 @@ class Head(Record, frozen=True):
 # %% ../../nbs/library/chain.ipynb #e8815048
 def find_signer() -> Signer | None:
     """Return the pair that signs on this machine; None when there is none, or it cannot be used."""
-    from ekiben.serving.signer import key_path, signing_key
+    from ekiben.serving.security.signer import key_path, signing_key
 
     try:
         return signing_key(make=False, say=lambda _: None) if key_path().exists() else None
@@ -163,7 +163,7 @@ def check_head(head: Head) -> Literal["holds", "unsigned", "broken", "untrusted"
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-    from ekiben.serving.trust import trusted_keys
+    from ekiben.serving.security.trust import trusted_keys
 
     if not head.signed_count:
         return "unsigned"
@@ -209,7 +209,7 @@ class Memory(Record, frozen=True):
     @classmethod
     def path(cls, ledger: Path) -> Path:
         """Return the file, there or not."""
-        from ekiben.serving.trust import config_folder
+        from ekiben.serving.security.trust import config_folder
 
         return config_folder() / "ledgers" / f"{hashlib.sha256(os.fsencode(Path(ledger).resolve())).hexdigest()[:16]}.json"
 

@@ -27,7 +27,7 @@ from .installer import build_secrets
 from .sbom import Audit, audit_packages, take_inventory, write_sbom
 from .serving.run import find_served, trust_of
 from .serving.served import bento_folder
-from .serving.signing import Seal, verify_folder
+from .serving.security.signing import Seal, verify_folder
 
 # %% auto #0
 __all__ = ['BACKENDS', 'find_backend', 'python_inside', 'Image', 'containerize', 'run_command']

@@ -18,7 +18,7 @@ from .errors import UsageError
 from .graphs import OPSETS, Graph, add_trees
 from .models import LightGBMModel, SklearnModel
 from .records import Task
-from .serving.onnx import OnnxEngine
+from .serving.scoring.onnx import OnnxEngine
 from .trees import AT_MOST, Ensemble, read_lightgbm, read_sklearn
 
 # %% auto #0

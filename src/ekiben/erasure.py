@@ -21,7 +21,7 @@ from .errors import IntegrityError, UsageError, did_you_mean
 from .files import hash_file, write_whole
 from .records import Record
 from .runs import Layout, StepResult
-from .serving.erase import Eraser, Person
+from .serving.journal.erase import Eraser, Person
 from .store import Store
 
 if TYPE_CHECKING:

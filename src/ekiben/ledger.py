@@ -21,7 +21,7 @@ from .records import Record
 from .serving.locks import locked
 
 if TYPE_CHECKING:
-    from ekiben.serving.signer import Signer
+    from ekiben.serving.security.signer import Signer
 
 # %% auto #0
 __all__ = ['KINDS', 'ledger_path', 'append', 'read', 'Verified', 'verify']

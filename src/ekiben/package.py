@@ -26,10 +26,10 @@ from .resampling import Bootstrap, auc_influence, percentiles
 from .serving.bundle import Bundle, Lineage, Limits, load_bundle, stamp_bundle, write_bundle
 from .portable import collect_code
 from .serving.served import Served
-from .serving.scorer import Scorer, make_examples
-from .serving.signer import Signer, key_path, sign_folder, signing_key
-from .serving.signing import verify_folder
-from .serving.trust import trusted_keys
+from .serving.scoring.scorer import Scorer, make_examples
+from .serving.security.signer import Signer, key_path, sign_folder, signing_key
+from .serving.security.signing import verify_folder
+from .serving.security.trust import trusted_keys
 
 # %% auto #0
 __all__ = ['Promote', 'require_gates', 'make_bundle', 'sign_card', 'describe_bundle', 'Comparison', 'compare_predictions',

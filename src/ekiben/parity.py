@@ -16,7 +16,7 @@ from .errors import IntegrityError, RowError
 from .records import Record, Schema
 from .rows import RowReader
 from .serving.bundle import Bundle
-from .serving.scorer import Scorer
+from .serving.scoring.scorer import Scorer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

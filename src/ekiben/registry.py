@@ -70,7 +70,7 @@ import pandas as pd
 
 from ekiben.columns import Columns
 from ekiben.serving.bundle import load_bundle
-from ekiben.serving.scorer import Scorer
+from ekiben.serving.scoring.scorer import Scorer
 
 
 warnings.filterwarnings("ignore", message=".*Add type hints.*")
@@ -111,12 +111,13 @@ def copy_framework(folder: Path) -> list[str]:
     import ekiben
 
     root = Path(ekiben.__file__).parent
-    start = ("serving.app", "serving.container", "columns", "rows", "arrow", "features", "encoding", "models")
+    start = ("serving.http.app", "serving.container", "columns", "rows", "arrow", "features", "encoding", "models")
     modules = collect_modules("ekiben", root, [m for m in start if (root / f"{m.replace('.', '/')}.py").is_file()])
-    modules["serving.__init__"] = (root / "serving" / "__init__.py").read_text(encoding="utf-8")
-    modules["__init__"] = (root / "__init__.py").read_text(encoding="utf-8")
-    for name, source in modules.items():
-        path = folder / "ekiben" / f"{name.replace('.', '/')}.py"
+    sources = {Path(f"{name.replace('.', '/')}.py"): source for name, source in modules.items()}
+    packages = {parent / "__init__.py" for path in sources for parent in path.parents}
+    sources |= {path: (root / path).read_text(encoding="utf-8") for path in packages}
+    for name, source in sources.items():
+        path = folder / "ekiben" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(source, encoding="utf-8")
     return sorted(modules)

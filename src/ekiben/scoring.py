@@ -18,7 +18,7 @@ import numpy as np
 from .errors import DataError, UsageError, did_you_mean
 from .records import Record
 from .serving.bundle import Bundle
-from .serving.scorer import Scorer
+from .serving.scoring.scorer import Scorer
 from .streams import Ahead, WholeFile
 
 if TYPE_CHECKING:

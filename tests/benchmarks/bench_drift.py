@@ -127,8 +127,8 @@ def write_journal(folder: Path, rows: int) -> tuple[bytes, bytes]:
     import pyarrow.parquet as pq
 
     from ekiben.records import Field, Schema
-    from ekiben.serving.seal import feedback_schema, prediction_schema, sealed_path
-    from ekiben.serving.segments import origin_of
+    from ekiben.serving.journal.seal import feedback_schema, prediction_schema, sealed_path
+    from ekiben.serving.journal.segments import origin_of
 
     rng = np.random.default_rng(0)
     numbers, texts = [f"n{i}" for i in range(12)], [f"c{i}" for i in range(8)]

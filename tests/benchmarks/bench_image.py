@@ -158,9 +158,9 @@ def main() -> int:
     if why := why_not():
         print(f"not measured: {why}")
         return 0
-    from ekiben.serving.issuing import add_key
-    from ekiben.serving.signer import signing_key
-    from ekiben.serving.trust import write_key
+    from ekiben.serving.security.issuing import add_key
+    from ekiben.serving.security.signer import signing_key
+    from ekiben.serving.security.trust import write_key
 
     with contextlib.ExitStack() as stack:
         home = said.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-image-")))

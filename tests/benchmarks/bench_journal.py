@@ -26,10 +26,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from bundles import make_project
 from test_journal import INPUTS, ORIGIN, SERVER, kill_under_load, load, make_row
 
-from ekiben.serving.journal import Journal, new_ids
-from ekiben.serving.keeping import JournalOptions
-from ekiben.serving.seal import feedback_table, parquet_writer, predictions_table, seal_journal, sealed_path
-from ekiben.serving.segments import list_segments
+from ekiben.serving.journal.journal import Journal, new_ids
+from ekiben.serving.journal.keeping import JournalOptions
+from ekiben.serving.journal.seal import feedback_table, parquet_writer, predictions_table, seal_journal, sealed_path
+from ekiben.serving.journal.segments import list_segments
 
 ROW = {"age": 30, "income": 1.0, "job": "clerk", "place": "L", "member": True, "since": "2020-01-01", "id": 17}
 LIMIT_MS, COPIES, CHUNK = 100.0, 100, 100_000
@@ -160,7 +160,7 @@ READ = "SELECT job, count(*), avg(age), avg(_probability), count(_told) FROM {} 
 
 def read_large(folder: Path) -> None:
     """Read a journal with DuckDB and print rows, seconds and the peak of memory [MiB]."""
-    from ekiben.serving.sealed import open_journal
+    from ekiben.serving.journal.sealed import open_journal
 
     with open_journal(folder) as db:
         began = time.perf_counter()

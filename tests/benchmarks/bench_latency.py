@@ -47,7 +47,7 @@ def make_scorer(folder: Path) -> Any:
     from ekiben.fitting import fit_lightgbm
     from ekiben.records import Field, Policy, Schema
     from ekiben.serving.bundle import write_bundle
-    from ekiben.serving.scorer import Scorer, make_examples
+    from ekiben.serving.scoring.scorer import Scorer, make_examples
 
     columns, y = make_columns(ROWS, 0)
     fields = tuple(Field(name=n, kind=k, categories=LEVELS if k == "category" else ()) for n, k in columns.kinds.items())
@@ -115,7 +115,7 @@ def make_sides(scorer: Any, folder: Path) -> dict[str, Side]:
     """Return what is measured, each with the rows as it takes them and what is done before, untimed; their answers agree."""
     import lightgbm
 
-    from ekiben.serving.lightgbm import SingleRow
+    from ekiben.serving.scoring.lightgbm import SingleRow
 
     columns, _ = make_columns(200, 1)
     rows = columns.to_rows()

@@ -72,7 +72,7 @@ def time_predict(folder: Path, rows: int) -> dict:
     from ekiben.columns import Columns
     from ekiben.data.credit import simulate_credit
     from ekiben.serving.bundle import load_bundle
-    from ekiben.serving.scorer import Scorer
+    from ekiben.serving.scoring.scorer import Scorer
 
     bundle = load_bundle(folder)
     some = min(rows, 50_000)

@@ -16,11 +16,11 @@ from ekiben.columns import Columns
 from ekiben.profile import profile_of
 from ekiben.records import Field, Schema
 from ekiben.rows import RowReader
-from ekiben.serving import examiner as examining
-from ekiben.serving.examiner import SAMPLE, Examiner
-from ekiben.serving.scorer import Answer
-from ekiben.serving.telemetry import Telemetry
-from ekiben.serving.traces import Trace
+from ekiben.serving.signals import examiner as examining
+from ekiben.serving.signals.examiner import SAMPLE, Examiner
+from ekiben.serving.scoring.scorer import Answer
+from ekiben.serving.signals.telemetry import Telemetry
+from ekiben.serving.signals.traces import Trace
 
 NUMBERS, CATEGORIES = 6, 8
 PARENT = [(b"host", b"x")] * 6 + [(b"traceparent", b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01")]

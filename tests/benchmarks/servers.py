@@ -67,7 +67,7 @@ def make_bundle(data: Path, folder: Path) -> Any:
     from ekiben.profile import profile_of
     from ekiben.records import Field, Policy, Schema
     from ekiben.serving.bundle import Lineage, write_bundle
-    from ekiben.serving.scorer import Scorer, make_examples
+    from ekiben.serving.scoring.scorer import Scorer, make_examples
 
     table = load_table(data, "train.csv")
     columns = Columns.from_pandas(table)
@@ -113,7 +113,7 @@ def ekiben_bento(data: Path, home: Path) -> str:
 def ekiben_side(tag: str, home: Path, *, name: str, is_guarded: bool, is_journalled: bool) -> Side:
     """Return the packaged service: with keys and the journal, or without."""
     from ekiben.serving.served import bento_folder
-    from ekiben.serving.trust import trusted_keys
+    from ekiben.serving.security.trust import trusted_keys
 
     example = json.loads((bento_folder(tag) / "src" / "bundle" / "examples.json").read_bytes())[0]["row"]
     environment = {"EKIBEN_TRUSTED_KEYS": trusted_keys().to_variable(), "BENTOML_HOME": str(home / "bentoml")}
@@ -121,7 +121,7 @@ def ekiben_side(tag: str, home: Path, *, name: str, is_guarded: bool, is_journal
     keys = home / f"keys {name}.json"
     environment["EKIBEN_SERVE__KEYS"] = str(keys)
     if is_guarded:
-        from ekiben.serving.issuing import add_key
+        from ekiben.serving.security.issuing import add_key
 
         headers["Authorization"] = f"Bearer {add_key(keys, 'bench', ['predict', 'observe'])[1]}"
     if is_journalled:
@@ -140,7 +140,7 @@ import sys, json
 from pathlib import Path
 import uvicorn
 from ekiben.serving.bundle import load_bundle
-from ekiben.serving.scorer import Scorer
+from ekiben.serving.scoring.scorer import Scorer
 scorer = Scorer(load_bundle(Path(sys.argv[1])))
 scorer.lane
 HEAD = [(b"content-type", b"application/json")]

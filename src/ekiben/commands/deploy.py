@@ -119,7 +119,7 @@ def _show_status(root: Path, to: str, size: float, json: bool) -> None:
 def _detach(root: Path, to: str) -> None:
     """Run the same command in the background; return when it has begun, or say why it could not."""
     from ekiben.rollout.place import controller, environment_folder
-    from ekiben.serving.deployment import newest_number
+    from ekiben.serving.hosting.deployment import newest_number
 
     folder = environment_folder(root, to)
     folder.mkdir(parents=True, exist_ok=True)

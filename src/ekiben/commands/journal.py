@@ -16,7 +16,7 @@ from ..errors import UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ekiben.serving.keeping import JournalOptions
+    from ekiben.serving.journal.keeping import JournalOptions
 
 # %% auto #0
 __all__ = ['Where', 'journal', 'journal_table', 'forget']
@@ -26,7 +26,7 @@ Where = Annotated[Path | None, typer.Option("--journal", help="The journal's fol
 
 
 def _options(root: Path) -> JournalOptions:
-    from ekiben.serving.keeping import JournalOptions
+    from ekiben.serving.journal.keeping import JournalOptions
     from ekiben.settings import load_settings
 
     return JournalOptions.from_settings(load_settings(root).serve)
@@ -42,10 +42,10 @@ def journal(
 
     Example: ekiben journal seal
     """
-    from ekiben.serving.erase import rekey
-    from ekiben.serving.keyring import KeyRing, ring_path
-    from ekiben.serving.seal import seal_journal
-    from ekiben.serving.segments import keys_of_segments
+    from ekiben.serving.journal.erase import rekey
+    from ekiben.serving.journal.keyring import KeyRing, ring_path
+    from ekiben.serving.journal.seal import seal_journal
+    from ekiben.serving.journal.segments import keys_of_segments
 
     if what not in ("show", "seal", "rekey"):
         raise UsageError(f"`ekiben journal` takes show, seal or rekey, got `{what}`")
@@ -75,8 +75,8 @@ def journal_table(folder: Path) -> Table | str:
     """Return what a journal holds: a line for each day and version, and what is not sealed yet."""
     from rich.table import Table
 
-    from ekiben.serving.sealed import open_journal
-    from ekiben.serving.segments import list_segments
+    from ekiben.serving.journal.sealed import open_journal
+    from ekiben.serving.journal.segments import list_segments
 
     with open_journal(folder, fresh=False) as db:
         days = db.execute(
@@ -106,7 +106,7 @@ def forget(
     from ekiben.accounted import account_erasure
     from ekiben.erasure import forget as forget_
     from ekiben.prepare.clean import hash_private, private_key
-    from ekiben.serving.erase import Person
+    from ekiben.serving.journal.erase import Person
     from ekiben.settings import load_settings
 
     root, person = root_of(project), Person.parse(who)

@@ -68,7 +68,7 @@ def signing(
     Example: ekiben keys signing --rotate
     """
     from ekiben.accounted import account_key
-    from ekiben.serving.signer import key_path, list_keys, revoke_key, rotate_key, signing_key, trust_key
+    from ekiben.serving.security.signer import key_path, list_keys, revoke_key, rotate_key, signing_key, trust_key
 
     if sum(map(bool, (rotate, trust, revoke, list_))) > 1:
         raise UsageError("--rotate, --trust, --revoke and --list exclude each other")
@@ -112,7 +112,7 @@ KeyFileOption = Annotated[Path | None, typer.Option("--file", help="The key file
 
 
 def _key_file(project: Path | None, file: Path | None) -> Path:
-    from ekiben.serving.keys import keys_path
+    from ekiben.serving.security.keys import keys_path
     from ekiben.settings import load_settings
 
     if file is not None:
@@ -149,8 +149,8 @@ def add(
     Example: ekiben keys add shop --role predict --role feedback --days 90
     """
     from ekiben.accounted import account_key
-    from ekiben.serving.issuing import add_key
-    from ekiben.serving.keys import read_keys
+    from ekiben.serving.security.issuing import add_key
+    from ekiben.serving.security.keys import read_keys
 
     path = _key_file(project, file)
     key, word = add_key(path, name, role, lasts=timedelta(days=days) if days else None)
@@ -172,7 +172,7 @@ def list_keys(
 
     Example: ekiben keys list
     """
-    from ekiben.serving.keys import read_keys
+    from ekiben.serving.security.keys import read_keys
 
     path, now = _key_file(project, file), datetime.now(UTC)
     try:
@@ -199,7 +199,7 @@ def revoke(
     Example: ekiben keys revoke shop
     """
     from ekiben.accounted import account_key
-    from ekiben.serving.issuing import revoke_key
+    from ekiben.serving.security.issuing import revoke_key
 
     path = _key_file(project, file)
     for ended in revoke_key(path, key):
@@ -219,8 +219,8 @@ def rotate(
     Example: ekiben keys rotate shop --grace 24h
     """
     from ekiben.accounted import account_key
-    from ekiben.serving.issuing import rotate_key
-    from ekiben.serving.keys import read_keys
+    from ekiben.serving.security.issuing import rotate_key
+    from ekiben.serving.security.keys import read_keys
 
     path = _key_file(project, file)
     new, word = rotate_key(path, key, grace=_duration(grace))

@@ -21,7 +21,7 @@ from ..records import Judgement, Measure, Record, Schema
 from ..runs import Layout, Run, StepResult
 from ..serving.bundle import Bundle
 from ..serving.run import trust_of
-from ..serving.standing import read_status
+from ..serving.hosting.standing import read_status
 from ..settings import Settings, load_settings
 from ..store import Store
 from ..trace.links import Answerer, find_answerer, read_registered

@@ -20,7 +20,7 @@ from msgspec import structs
 from ..errors import ServiceError, UsageError
 from .target import Target, post_request
 from ..serving.address import check_port
-from ..serving.keeping import JournalOptions
+from ..serving.journal.keeping import JournalOptions
 from ..serving.options import ServiceOptions
 from ..serving.run import find_served, start_bento, stop_process, trust_of, wait_ready
 
@@ -135,7 +135,7 @@ def make_key(folder: Path) -> tuple[str, Path]:
     """Write a key file with one key for the role ``predict``, valid for a day; return the key and the file."""
     from datetime import timedelta
 
-    from ekiben.serving.issuing import add_key
+    from ekiben.serving.security.issuing import add_key
 
     path = folder / "keys.json"
     return add_key(path, "loadtest", ["predict"], lasts=timedelta(days=1))[1], path
@@ -194,7 +194,7 @@ def start_champion(root: Path, *, patience_s: float = 60.0) -> Iterator[Service]
 def _with_examples(service: Service, bundle: Any) -> Service:
     from dataclasses import replace
 
-    from ekiben.serving.scorer import Scorer
+    from ekiben.serving.scoring.scorer import Scorer
 
     rows = [example.row for example in Scorer(bundle).shown_examples(len(bundle.examples))]
     return replace(service, examples=rows or service.examples)

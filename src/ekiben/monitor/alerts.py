@@ -49,7 +49,7 @@ class Rows:
         if self.is_encrypted:
             parts += ["_told IS NOT NULL"] if labelled else []
             query = f"SELECT * FROM journal WHERE {' AND '.join(parts)} ORDER BY _time DESC LIMIT 20"
-            return f'from ekiben.serving.sealed import open_journal; print(open_journal("{self.journal}").sql(\'\'\'{query}\'\'\'))'
+            return f'from ekiben.serving.journal.sealed import open_journal; print(open_journal("{self.journal}").sql(\'\'\'{query}\'\'\'))'
         join = f" JOIN (SELECT _id, * EXCLUDE (_id, _time, _date) FROM {self._files('feedback')}) f USING (_id)" if labelled else ""
         return f"SELECT * FROM {self._files('predictions')}{join} WHERE {' AND '.join(parts)} ORDER BY _time DESC LIMIT 20"
 

@@ -16,8 +16,8 @@ import numpy as np
 from ..errors import UsageError
 from .streaming import bound_memory
 from ..records import Schema, Task
-from ..serving.keeping import JournalOptions
-from ..serving.sealed import open_journal
+from ..serving.journal.keeping import JournalOptions
+from ..serving.journal.sealed import open_journal
 
 if TYPE_CHECKING:
     import duckdb

@@ -18,7 +18,7 @@ from .window import WindowCounts
 from ..profile import ColumnProfile, Profile
 from ..records import Field, Kind, Record
 from ..reference import Reference
-from ..serving.drifting import psi
+from ..serving.signals.drifting import psi
 
 # %% auto #0
 __all__ = ['ColumnDrift', 'Floor', 'compare_window', 'holm']

@@ -20,8 +20,8 @@ from .answers import Answers
 from .period import iso
 from .records import Fairness, GroupPart
 from ..records import Kind, Measure
-from ..serving.keyring import hash_key_path, hash_value, private_key, text_of
-from ..serving.seal import column_name
+from ..serving.journal.keyring import hash_key_path, hash_value, private_key, text_of
+from ..serving.journal.seal import column_name
 
 if TYPE_CHECKING:
     import duckdb

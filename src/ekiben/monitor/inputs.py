@@ -14,8 +14,8 @@ from .counting import Counts
 from .drift import ColumnDrift
 from .records import DriftSeen, InputQuality
 from ..profile import ColumnProfile, Profile
-from ..serving.drifting import psi, psi_noise
-from ..serving.seal import column_name
+from ..serving.signals.drifting import psi, psi_noise
+from ..serving.journal.seal import column_name
 
 # %% auto #0
 __all__ = ['LEAST', 'shares_of', 'input_quality', 'index_by_part', 'drift_seen']

@@ -27,8 +27,8 @@ from ..profile import Profile
 from ..records import Schema
 from ..reference import Reference
 from ..serving.bundle import Bundle
-from ..serving.keeping import JournalOptions
-from ..serving.seal import seal_journal
+from ..serving.journal.keeping import JournalOptions
+from ..serving.journal.seal import seal_journal
 
 if TYPE_CHECKING:
     import duckdb

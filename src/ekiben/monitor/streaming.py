@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import UsageError
-from ..serving.seal import column_name
+from ..serving.journal.seal import column_name
 
 if TYPE_CHECKING:
     import duckdb
@@ -123,12 +123,12 @@ def open_window(journal: Path | duckdb.DuckDBPyConnection, *, memory: str = "512
     Parameters
     ----------
     journal : Path or connection
-        The journal's folder, or what ``serving.sealed.open_journal`` gave.
+        The journal's folder, or what ``serving.journal.sealed.open_journal`` gave.
     memory : str
     fresh : bool
         Whether to seal first what is not sealed yet.
     """
-    from ekiben.serving.sealed import open_journal
+    from ekiben.serving.journal.sealed import open_journal
 
     if not isinstance(journal, (str, Path)):
         return journal

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import special
 
 from ..profile import ColumnProfile
-from ..serving.drifting import pool
+from ..serving.signals.drifting import pool
 
 # %% auto #0
 __all__ = ['Test', 'share_p_values', 'shape_test', 'shift_test', 'level_test', 'share_test', 'column_tests', 'distance_of']

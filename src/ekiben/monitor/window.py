@@ -30,7 +30,7 @@ from ekiben.monitor.streaming import (
 from ..profile import Profile
 from ..records import Field
 from ..reference import Reference
-from ..serving.seal import column_name
+from ..serving.journal.seal import column_name
 
 if TYPE_CHECKING:
     import duckdb

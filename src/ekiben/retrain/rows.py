@@ -185,7 +185,7 @@ def journal_batches(
         The column that the restricted table goes by.
     batch_rows : int
     """
-    from ekiben.serving.seal import column_name
+    from ekiben.serving.journal.seal import column_name
 
     kept = {row[0] for row in db.execute("DESCRIBE journal").fetchall()}
     truth = "_true_value" if "_true_value" in kept else "_truth"
@@ -205,7 +205,7 @@ def _quoted(name: str) -> str:
 # %% ../../../nbs/library/retrain/rows.ipynb #940353db
 def count_told(journal: Path, after_us: int = 0) -> int:
     """Return how many labelled predictions a journal holds whose truth was told after a moment (microseconds since 1970)."""
-    from ekiben.serving.sealed import open_journal
+    from ekiben.serving.journal.sealed import open_journal
 
     if not Path(journal).is_dir():
         return 0
@@ -243,7 +243,7 @@ def read_groups(path: Path, who: str, columns: Iterable[str], *, journal: Path |
         raise DataError(f"[monitor] groups: {Path(path).name} has no column `{who}`{did_you_mean(who, table.column_names)}", column=who)
     ids = pc.cast(table[who], pa.string()).to_pylist()
     if who in private and journal is not None:
-        from ekiben.serving.keyring import hash_key_path, hash_value, private_key
+        from ekiben.serving.journal.keyring import hash_key_path, hash_value, private_key
 
         key = private_key(hash_key_path(journal))
         ids = [hash_value(key, who, value) for value in ids]

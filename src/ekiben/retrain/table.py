@@ -163,7 +163,7 @@ def _told(journal: Path | None, fields: Sequence[Field], columns: Any, who: str)
     if journal is None or not Path(journal).is_dir():
         yield None
         return
-    from ekiben.serving.sealed import open_journal
+    from ekiben.serving.journal.sealed import open_journal
 
     with open_journal(journal) as db:
         yield journal_batches(db, fields, columns, who=who)

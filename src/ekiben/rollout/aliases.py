@@ -16,13 +16,13 @@ from ..errors import EkibenError, IntegrityError
 from ..files import write_whole
 from ..records import Record
 from .place import environment_folder, publish
-from ..serving.deployment import Arm, Deployment, newest_number, now
+from ..serving.hosting.deployment import Arm, Deployment, newest_number, now
 from ..serving.served import Served
-from ..serving.trust import Trust
+from ..serving.security.trust import Trust
 
 if TYPE_CHECKING:
     from ekiben.registry import Registry
-    from ekiben.serving.signer import Signer
+    from ekiben.serving.security.signer import Signer
 
 # %% auto #0
 __all__ = ['PRODUCTION', 'alias_of', 'Note', 'leave_note', 'write_served', 'settle', 'put_champion', 'settle_later',

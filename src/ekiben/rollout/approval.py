@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from ..errors import GateError, UsageError
 from ..records import Record
 from .place import user
-from ..serving.trust import Trust
+from ..serving.security.trust import Trust
 
 if TYPE_CHECKING:
-    from ekiben.serving.signer import Signer
+    from ekiben.serving.security.signer import Signer
 
 # %% auto #0
 __all__ = ['Asked', 'sign_facts', 'is_signed', 'Standing', 'standing_of', 'name_of', 'ask', 'require_approval', 'waiting_text',

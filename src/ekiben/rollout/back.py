@@ -14,10 +14,10 @@ from .aliases import put_champion, settle_later
 from .earlier import deployed_versions, deployments, find_deployed, stack_of
 from .place import Outcome, current, environment_folder, user, wait_taken
 from ..serving.bundle import Bundle, load_bundle
-from ..serving.deployment import Arm, Deployment
+from ..serving.hosting.deployment import Arm, Deployment
 from ..serving.run import trust_of
-from ..serving.signer import signing_key
-from ..serving.trust import Trust
+from ..serving.security.signer import signing_key
+from ..serving.security.trust import Trust
 
 # %% auto #0
 __all__ = ['find_earlier', 'roll_back']

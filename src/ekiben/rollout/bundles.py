@@ -11,12 +11,12 @@ from pathlib import Path
 from ..errors import EkibenError, IntegrityError, UsageError, did_you_mean
 from ..registry import Registry, Version
 from ..serving.bundle import Bundle, load_bundle, stamp_bundle
-from ..serving.deployment import Arm, add_bundle
-from ..serving.scorer import Scorer, self_test
+from ..serving.hosting.deployment import Arm, add_bundle
+from ..serving.scoring.scorer import Scorer, self_test
 from ..serving.served import bento_folder
-from ..serving.signer import Signer, sign_folder
-from ..serving.signing import verify_folder
-from ..serving.trust import Trust
+from ..serving.security.signer import Signer, sign_folder
+from ..serving.security.signing import verify_folder
+from ..serving.security.trust import Trust
 
 # %% auto #0
 __all__ = ['choose_version', 'find_bundle', 'bring_bundle', 'check_comparable']

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import duckdb
 
     from ekiben.monitor.answers import Answers
-    from ekiben.serving.keeping import JournalOptions
+    from ekiben.serving.journal.keeping import JournalOptions
 
 # %% auto #0
 __all__ = ['Difference', 'ArmComparison', 'losses_of', 'compare_answers', 'compare_arms']
@@ -194,7 +194,7 @@ def compare_arms(
         For sealing what is not sealed yet.
     """
     from ekiben.monitor.answers import read_answers
-    from ekiben.serving.sealed import open_journal
+    from ekiben.serving.journal.sealed import open_journal
 
     nothing = ArmComparison(challenger=challenger, champion=champion, size=size)
     if not (Path(journal) / "segments").is_dir() and not (Path(journal) / "sealed").is_dir():

@@ -31,9 +31,9 @@ from .plan import Plan, Progress, World
 from .promote import trust_and_signer
 from .steps import Controller
 from ..serving.bundle import Bundle, load_bundle
-from ..serving.deployment import Arm, Deployment, GuardLimits, now
-from ..serving.signer import Signer
-from ..serving.trust import Trust
+from ..serving.hosting.deployment import Arm, Deployment, GuardLimits, now
+from ..serving.security.signer import Signer
+from ..serving.security.trust import Trust
 
 if TYPE_CHECKING:
     from ekiben.sections import DeploySection

@@ -12,8 +12,8 @@ from pathlib import Path
 from ..errors import EkibenError, IntegrityError
 from .place import HISTORY, current
 from ..serving.bundle import Bundle, BundleInfo, load_bundle
-from ..serving.deployment import BUNDLES, Arm, Deployment, parse_deployment
-from ..serving.trust import Trust
+from ..serving.hosting.deployment import BUNDLES, Arm, Deployment, parse_deployment
+from ..serving.security.trust import Trust
 
 # %% auto #0
 __all__ = ['stack_of', 'deployments', 'champions', 'find_deployed', 'deployed_versions']

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..records import Judgement, Schema
-from ..serving.keeping import JournalOptions
-from ..serving.seal import column_name
+from ..serving.journal.keeping import JournalOptions
+from ..serving.journal.seal import column_name
 
 if TYPE_CHECKING:
     from ekiben.settings import Settings

@@ -9,8 +9,8 @@ import math
 from statistics import NormalDist
 
 from ..records import Record
-from ..serving.deployment import ArmStatus, GuardLimits
-from ..serving.referee import FLOOR_S
+from ..serving.hosting.deployment import ArmStatus, GuardLimits
+from ..serving.hosting.referee import FLOOR_S
 
 # %% auto #0
 __all__ = ['SURE', 'Held', 'loss_difference', 'judge_arms']

@@ -24,7 +24,7 @@ from msgspec import structs
 from ..errors import EkibenError, IntegrityError, UsageError
 from ..files import write_whole
 from ..records import Record
-from ekiben.serving.deployment import (
+from ekiben.serving.hosting.deployment import (
     ACCEPTED,
     BUNDLES,
     DEPLOYMENT,
@@ -38,9 +38,9 @@ from ekiben.serving.deployment import (
     read_status,
     write_deployment,
 )
-from ..serving.integrity import read_part
-from ..serving.signer import Signer
-from ..serving.trust import Trust
+from ..serving.security.integrity import read_part
+from ..serving.security.signer import Signer
+from ..serving.security.trust import Trust
 
 # %% auto #0
 __all__ = ['HISTORY', 'TAKEN', 'environment_folder', 'current', 'Overtaken', 'publish', 'controlling', 'controller',

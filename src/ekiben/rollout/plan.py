@@ -13,7 +13,7 @@ from pathlib import Path
 from ..records import Judgement, Record
 from .holding import Held
 from .place import is_alive, look
-from ..serving.deployment import Arm, GuardLimits, Status
+from ..serving.hosting.deployment import Arm, GuardLimits, Status
 
 # %% auto #0
 __all__ = ['Plan', 'Progress', 'World']

@@ -14,10 +14,10 @@ from .aliases import alias_of, put_champion, registry_of, settle, write_served
 from .approval import Asked, Standing, approve, require_approval
 from .bundles import bring_bundle, choose_version
 from .place import Outcome, controlling, current, environment_folder, remove_leftovers, user, wait_taken
-from ..serving.deployment import Arm
+from ..serving.hosting.deployment import Arm
 from ..serving.run import trust_of
-from ..serving.signer import Signer, signing_key
-from ..serving.trust import Trust
+from ..serving.security.signer import Signer, signing_key
+from ..serving.security.trust import Trust
 
 # %% auto #0
 __all__ = ['trust_and_signer', 'promote', 'approve_version']

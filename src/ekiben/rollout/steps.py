@@ -15,9 +15,9 @@ from .aliases import put_champion
 from .holding import Held, judge_arms
 from .place import Outcome, Overtaken, current, publish
 from .plan import Plan, Progress, World
-from ..serving.deployment import Deployment, Status, newest_number, now, read_events
-from ..serving.signer import Signer
-from ..serving.trust import Trust
+from ..serving.hosting.deployment import Deployment, Status, newest_number, now, read_events
+from ..serving.security.signer import Signer
+from ..serving.security.trust import Trust
 
 # %% auto #0
 __all__ = ['Controller']

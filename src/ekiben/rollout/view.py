@@ -18,7 +18,7 @@ from .earlier import champions, deployed_versions
 from .place import controller, current, environment_folder, is_alive, look
 from .plan import Progress
 from ..serving.bundle import load_bundle
-from ..serving.deployment import Arm, ArmStatus, parse_time
+from ..serving.hosting.deployment import Arm, ArmStatus, parse_time
 from ..serving.run import trust_of
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def show_environment(root: Path, to: str = "production", *, size: float = 0.01) 
     IntegrityError
         When the deployment does not verify.
     """
-    from ekiben.serving.keeping import JournalOptions
+    from ekiben.serving.journal.keeping import JournalOptions
     from ekiben.settings import load_settings
 
     root, trust = Path(root), trust_of(root)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import ServiceError, UsageError
-from .keys import KeyFile
-from .tls import Certificate
+from .security.keys import KeyFile
+from .security.tls import Certificate
 
 if TYPE_CHECKING:
     from ekiben.serving.bundle import Bundle
@@ -149,7 +149,7 @@ def example_request(bundle: Bundle, url: str, *, with_key: bool = False, certifi
     certificate : str
         File of a certificate that `curl` should trust.
     """
-    from ekiben.serving.scorer import Scorer
+    from ekiben.serving.scoring.scorer import Scorer
 
     shown = Scorer(bundle).shown_examples(1)
     body = json.dumps({"rows": [e.row for e in shown]}, ensure_ascii=False)

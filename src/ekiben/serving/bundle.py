@@ -20,9 +20,9 @@ from ..records import Policy, Record, Schema, Task
 from ..reference import Reference
 from ..portable import load_code, third_party
 from ..skopsfile import packages_of
-from .integrity import open_folder, seal_folder
-from .signing import Seal, open_signed
-from .trust import Trust
+from .security.integrity import open_folder, seal_folder
+from .security.signing import Seal, open_signed
+from .security.trust import Trust
 
 # %% auto #0
 __all__ = ['Lineage', 'Limits', 'Example', 'BundleInfo', 'Bundle', 'write_bundle', 'load_bundle', 'stamp_bundle']

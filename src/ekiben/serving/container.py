@@ -15,11 +15,11 @@ from pathlib import Path
 
 from ..errors import EkibenError, ServiceError, UsageError
 from .address import check_host
-from .keys import KeyFile
+from .security.keys import KeyFile
 from .options import ServiceOptions
-from .signing import verify_folder
-from .tls import check_tls
-from .trust import trusted_keys
+from .security.signing import verify_folder
+from .security.tls import check_tls
+from .security.trust import trusted_keys
 
 # %% auto #0
 __all__ = ['serve_command', 'start', 'check_health', 'main']

@@ -12,10 +12,10 @@ from typing import Any
 
 from ..errors import EkibenError, ServiceError, UsageError
 from ..records import Record
-from .integrity import SIGNATURE
+from .security.integrity import SIGNATURE
 from .served import Served, bento_folder
-from .signing import claimed_seal, verify_folder
-from .trust import Trust
+from .security.signing import claimed_seal, verify_folder
+from .security.trust import Trust
 
 # %% auto #0
 __all__ = ['find_signed', 'Inspection', 'inspect', 'inspections_table']

@@ -24,14 +24,14 @@ import msgspec
 from ..errors import IntegrityError, ServiceError, UsageError
 from .address import Address, check_host, check_port, example_request, who_may_call
 from .bundle import Bundle, load_bundle
-from .deployment import DEPLOYMENT, deployment_folder, read_deployment
-from .keeping import JournalOptions
-from .keys import KeyFile, keys_path
+from .hosting.deployment import DEPLOYMENT, deployment_folder, read_deployment
+from .journal.keeping import JournalOptions
+from .security.keys import KeyFile, keys_path
 from .options import ServiceOptions
 from .served import Served, bento_folder
-from .signing import Seal, verify_folder
-from .tls import check_tls
-from .trust import Trust, trusted_keys
+from .security.signing import Seal, verify_folder
+from .security.tls import check_tls
+from .security.trust import Trust, trusted_keys
 from ..trusted import declare_types
 
 # %% auto #0

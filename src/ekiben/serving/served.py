@@ -11,8 +11,8 @@ from pathlib import Path
 from ..errors import EkibenError
 from ..files import write_whole
 from ..records import Record
-from .signing import verify_folder
-from .trust import Trust, trusted_keys
+from .security.signing import verify_folder
+from .security.trust import Trust, trusted_keys
 
 # %% auto #0
 __all__ = ['Served', 'bento_folder', 'is_whole']

@@ -44,7 +44,7 @@ class Proof:
 # %% ../../../nbs/library/simulate/prove.ipynb #8c289ed9
 def count_labels(root: Path) -> int:
     """Return how many predictions in a project's journal have their truth, sealed or not."""
-    from ekiben.serving.sealed import open_journal
+    from ekiben.serving.journal.sealed import open_journal
 
     with open_journal(Path(root) / ".ekiben" / "journal") as db:
         row = db.execute("SELECT count(_told) FROM journal").fetchone()

@@ -20,7 +20,7 @@ from msgspec import structs
 
 from ..errors import EkibenError
 from ..monitor.records import Alert, MonitorReport
-from ..serving.deployment import deployment_folder, read_events
+from ..serving.hosting.deployment import deployment_folder, read_events
 from .client import Callers, Orders, Played
 from .clock import Clock, iso
 from .declared import expect

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from ..errors import ServiceError
 from ..serving.address import check_port
-from ..serving.deployment import deployment_folder, read_status
+from ..serving.hosting.deployment import deployment_folder, read_status
 from ..serving.run import stop_process, wait_ready
 from .stage import Stage
 

@@ -16,8 +16,8 @@ from ..records import Record
 from ..runs import resolve_uri
 from ..serving.bundle import Bundle, load_bundle
 from ..serving.served import bento_folder
-from ..serving.signing import Seal, verify_folder
-from ..serving.trust import Trust
+from ..serving.security.signing import Seal, verify_folder
+from ..serving.security.trust import Trust
 
 # %% auto #0
 __all__ = ['Link', 'Answerer', 'find_answerer', 'deployed_bundles', 'bento_link', 'Registered', 'read_registered', 'version_link',

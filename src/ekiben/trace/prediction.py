@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import IntegrityError, UsageError
 from ..records import Record
-from ..serving.journal import write_time
-from ..serving.keyring import KeyRing, ring_path
-from ..serving.seal import column_name
-from ..serving.sealed import open_parquet, origin_of_file, sealed_files
-from ..serving.segments import FEEDBACK, Origin, Segment, list_segments
+from ..serving.journal.journal import write_time
+from ..serving.journal.keyring import KeyRing, ring_path
+from ..serving.journal.seal import column_name
+from ..serving.journal.sealed import open_parquet, origin_of_file, sealed_files
+from ..serving.journal.segments import FEEDBACK, Origin, Segment, list_segments
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import EkibenError
 from ..records import Record
 from ..serving.bundle import Bundle
-from ..serving.scorer import Scorer
+from ..serving.scoring.scorer import Scorer
 from .links import Link
 from .prediction import Prediction
 

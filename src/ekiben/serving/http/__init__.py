@@ -1,0 +1,1 @@
+"""What a caller meets: addresses, guards, bodies of every kind, errors, the page and its description."""
