@@ -178,7 +178,8 @@ def test_what_holds_is_judged_by_the_limits_and_only_on_enough_requests() -> Non
 
     assert broken() == 0
     assert broken(errors=20) == 1
-    assert broken(seconds_median=2.5e-4) == 1
+    assert broken(seconds_median=2.5e-3) == 1
+    assert broken(seconds_median=2.5e-4) == 0  # more than twice as long, but nobody notices a fraction of a millisecond
     assert broken(positive_share=0.35) == 1
     assert broken(loss_mean=0.2) == 1
     assert broken(loss_mean=0.155, loss_sd=0.2) == 0  # not surely

@@ -26,7 +26,7 @@ from watched import Served, make_served, people, truth_of
 from ekiben import ledger, step
 from ekiben.columns import Columns
 from ekiben.errors import EkibenError, StepError, UsageError
-from ekiben.monitor import run as running
+from ekiben.runner import looks as running
 from ekiben.monitor.labelfree import Belief, estimate_quality
 from ekiben.monitor.period import period
 from ekiben.monitor.records import Alert, MonitorReport, Span, Traffic, Watched

@@ -22,7 +22,8 @@ from msgspec import structs
 from ekiben.data.credit import CreditOptions, simulate_credit, truth
 from ekiben.errors import DataError, ServiceError, UsageError
 from ekiben.records import Measure
-from ekiben.simulate.client import Callers, Orders, Played
+from ekiben.simulate.client import Callers, Orders
+from ekiben.simulate.played import Played
 from ekiben.simulate.clock import Clock, iso
 from ekiben.simulate.declared import expect
 from ekiben.simulate.labels import LabelQueue

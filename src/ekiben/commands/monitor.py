@@ -14,7 +14,7 @@ from .shared import Folder, app, root_of
 from ..errors import UsageError
 
 if TYPE_CHECKING:
-    from ekiben.monitor.run import Looked
+    from ekiben.runner.looks import Looked
 
 # %% auto #0
 __all__ = ['monitor', 'lines_of']
@@ -35,7 +35,7 @@ def monitor(
 
     Example: ekiben monitor --since 7d
     """
-    from ekiben.monitor.run import look_at
+    from ekiben.runner.looks import look_at
 
     looked = look_at(
         root_of(project), since=since, until=until, version=version, to=to,

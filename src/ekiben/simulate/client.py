@@ -6,268 +6,25 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import os
 import time
-from array import array
-from collections import Counter, deque
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from ..errors import ServiceError
-from ..loadtest.target import Target, post_request, read_answer
+from ..loadtest.target import Target, post_request
+from .connections import Pool, Reply
 from .labels import Due, LabelQueue
+from .played import Keeper, Played, Said
 from .traffic import Asked, Traffic
 
 # %% auto #0
-__all__ = ['IDLE_S', 'Reply', 'Played', 'Orders', 'Callers']
-
-# %% ../../../nbs/library/simulate/client.ipynb #18acb409
-@dataclass
-class Played:
-    """Every request of a simulation and its answer; arrays have one value for each answered prediction.
-
-    Attributes
-    ----------
-    at : (n,) float64 array
-        When it was due, in seconds since 1970.
-    day : (n,) int32 array
-    took : (n,) float64 array
-        Seconds from then to the end of the answer.
-    version : (n,) int32 array
-        Place in `versions`.
-    score : (n,) float64 array
-        Probability of the positive class, or the value; NaN with several classes.
-    decision, label : (n,) int32 arrays
-        Places in `classes` (-1: not one of them, or not known); for regression see `truth`.
-    truth : (n,) float64 array
-        The label of a regression.
-    groups : dict of str to (n,) int32 array
-        Places in `names` of that column.
-    versions, classes : list of str
-    names : dict of str to list of str
-    failed : list of (float, str)
-        When and how a prediction was not answered with 200: ``503``, ``timeout``, ``connection`` …
-    known : (n,) bool array
-        Whether the label was handed in and acknowledged.
-    late : (m,) float64 array
-        When each label was acknowledged.
-    labels_failed : list of (float, str)
-    waiting : int
-        Labels that were not due before the end.
-    ids : list of str
-        Some of the predictions, at random.
-    """
-
-    at: np.ndarray
-    day: np.ndarray
-    took: np.ndarray
-    version: np.ndarray
-    score: np.ndarray
-    decision: np.ndarray
-    label: np.ndarray
-    truth: np.ndarray
-    known: np.ndarray
-    groups: dict[str, np.ndarray] = field(default_factory=dict)
-    versions: list[str] = field(default_factory=list)
-    classes: list[str] = field(default_factory=list)
-    names: dict[str, list[str]] = field(default_factory=dict)
-    failed: list[tuple[float, str]] = field(default_factory=list)
-    late: np.ndarray = field(default_factory=lambda: np.empty(0))
-    labels_failed: list[tuple[float, str]] = field(default_factory=list)
-    waiting: int = 0
-    ids: list[str] = field(default_factory=list)
-
-    @property
-    def requests(self) -> int:
-        """All predictions asked for, answered or not."""
-        return len(self.at) + len(self.failed)
-
-# %% ../../../nbs/library/simulate/client.ipynb #911e7b76
-class _Answer(msgspec.Struct):
-    """What of a prediction's answer is kept."""
-
-    id: str = ""
-    label: str | None = None
-    probability: float | None = None
-    value: float | None = None
-
-
-class _Model(msgspec.Struct):
-    version: str = ""
-
-
-class _Said(msgspec.Struct):
-    predictions: list[_Answer]
-    model: _Model
-
-
-class _Keeper:
-    """Collects answers in flat arrays."""
-
-    def __init__(self, classes: list[str], seed: int) -> None:
-        self.at, self.took, self.score, self.truth, self.late = (array("d") for _ in range(5))
-        self.day, self.version, self.decision, self.label = (array("i") for _ in range(4))
-        self.known = array("b")
-        self.groups: dict[str, array[int]] = {}
-        self.names: dict[str, dict[str, int]] = {}
-        self.versions: dict[str, int] = {}
-        self.classes = {name: i for i, name in enumerate(classes)}
-        self.failed: list[tuple[float, str]] = []
-        self.labels_failed: list[tuple[float, str]] = []
-        self.ids: list[str] = []
-        self._random = np.random.default_rng(seed)
-
-    def answer(self, at: float, day: int, took: float, said: _Said, label: Any, groups: dict[str, str | None]) -> int:
-        answer = said.predictions[0]
-        self.at.append(at)
-        self.day.append(day)
-        self.took.append(took)
-        self.version.append(self.versions.setdefault(said.model.version, len(self.versions)))
-        score = answer.probability if answer.probability is not None else answer.value
-        self.score.append(float("nan") if score is None else score)
-        self.decision.append(self.classes.get(answer.label or "", -1))
-        self.label.append(self.classes.get(label, -1) if isinstance(label, str) else -1)
-        self.truth.append(float(label) if isinstance(label, (int, float)) else float("nan"))
-        self.known.append(0)
-        for name, value in groups.items():
-            known = self.names.setdefault(name, {})
-            place = -1 if value is None else known.setdefault(value, len(known))
-            if name not in self.groups:
-                self.groups[name] = array("i", [-1] * (len(self.at) - 1))
-            self.groups[name].append(place)
-        if self._random.random() < 0.002:
-            self.ids.append(answer.id)
-        return len(self.at) - 1
-
-    def to_played(self, waiting: int) -> Played:
-        def flat(values: array[Any], kind: Any) -> np.ndarray:
-            return np.array(values, dtype=kind)
-
-        return Played(
-            at=flat(self.at, np.float64), day=flat(self.day, np.int32), took=flat(self.took, np.float64),
-            version=flat(self.version, np.int32), score=flat(self.score, np.float64), decision=flat(self.decision, np.int32),
-            label=flat(self.label, np.int32), truth=flat(self.truth, np.float64),
-            known=flat(self.known, bool), groups={name: flat(values, np.int32) for name, values in self.groups.items()},
-            versions=list(self.versions), classes=list(self.classes), names={k: list(v) for k, v in self.names.items()},
-            failed=self.failed, late=flat(self.late, np.float64), labels_failed=self.labels_failed, waiting=waiting, ids=self.ids,
-        )  # fmt: skip
-
-# %% ../../../nbs/library/simulate/client.ipynb #f0fc280e
-IDLE_S = 1.0  # uvicorn closes a connection after five
-Reply = Callable[[int, bytes, str], None]
-
-
-class _Connection(asyncio.Protocol):
-    """One connection that stays open."""
-
-    def __init__(self, pool: _Pool) -> None:
-        self.pool = pool
-        self.transport: Any = None
-        self.reply: Reply | None = None
-        self.began = self.used = 0.0
-        self.raw = b""
-
-    def connection_made(self, transport: Any) -> None:
-        self.transport = transport
-
-    def send(self, request: bytes, reply: Reply, began: float) -> None:
-        self.reply, self.began, self.raw = reply, began, b""
-        self.transport.write(request)
-
-    def data_received(self, data: bytes) -> None:
-        self.raw = self.raw + data if self.raw else data
-        try:
-            said = read_answer(self.raw)
-        except ServiceError:
-            return self.end("no HTTP")
-        if said is None or self.reply is None:
-            return None
-        reply, raw, self.reply, self.raw = self.reply, self.raw, None, b""
-        status, stays_open = said
-        self.used = time.monotonic()
-        if stays_open:
-            self.pool.idle.append(self)
-        else:
-            self.transport.close()
-        reply(status, raw[raw.find(b"\r\n\r\n") + 4 :], "")
-        return None
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.pool.gone(self)
-        self.end("connection")
-
-    def end(self, why: str) -> None:
-        reply, self.reply = self.reply, None
-        if self.transport is not None:
-            self.transport.abort()
-        if reply is not None:
-            reply(0, b"", why)
-
-
-class _Pool:
-    """Connections to one service; what cannot leave at once waits its turn."""
-
-    def __init__(self, target: Target, most: int, timeout_s: float) -> None:
-        self.target, self.most, self.timeout_s = target, most, timeout_s
-        self.idle: list[_Connection] = []
-        self.all: set[_Connection] = set()
-        self.queue: deque[tuple[bytes, Reply]] = deque()
-        self.opening: set[asyncio.Task[None]] = set()
-
-    def send(self, request: bytes, reply: Reply) -> None:
-        self.queue.append((request, reply))
-        self.work()
-
-    def work(self) -> None:
-        while self.queue and self.idle:
-            connection = self.idle.pop()
-            if connection.transport.is_closing():
-                continue
-            connection.send(*self.queue.popleft(), time.monotonic())
-        wanted = min(len(self.queue), self.most - len(self.all) - len(self.opening))
-        for _ in range(max(0, wanted - len(self.opening))):
-            task = asyncio.get_running_loop().create_task(self._open())
-            self.opening.add(task)
-            task.add_done_callback(self.opening.discard)
-
-    async def _open(self) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(self.timeout_s):
-                _, made = await loop.create_connection(lambda: _Connection(self), self.target.host, self.target.port)
-        except (OSError, TimeoutError):
-            if self.queue:  # a service that is not there: whoever waited longest is told so
-                self.queue.popleft()[1](0, b"", "connection")
-            return
-        made.used = time.monotonic()
-        self.all.add(made)
-        self.idle.append(made)
-        self.work()
-
-    def gone(self, connection: _Connection) -> None:
-        self.all.discard(connection)
-        with contextlib.suppress(ValueError):
-            self.idle.remove(connection)
-
-    def give_up(self) -> None:
-        """End what takes too long, and close what was idle so long that the service may be about to close it."""
-        now = time.monotonic()
-        for connection in [c for c in self.all if c.reply is not None and c.began < now - self.timeout_s]:
-            connection.end("timeout")
-        for connection in [c for c in self.idle if c.used < now - IDLE_S]:
-            self.idle.remove(connection)
-            connection.transport.close()
-
-    @property
-    def on_their_way(self) -> int:
-        return len(self.queue) + sum(c.reply is not None for c in self.all)
+__all__ = ['Orders', 'Callers']
 
 # %% ../../../nbs/library/simulate/client.ipynb #3b62044e
 @dataclass(frozen=True)
@@ -310,15 +67,15 @@ class _Client:
         self.orders, self.pipe = orders, pipe
         self.target = Target.of(orders.url)
         self.headers = {"Authorization": f"Bearer {orders.key}"} if orders.key else {}
-        self.pool = _Pool(self.target, orders.connections, orders.timeout_s)
-        self.keeper = _Keeper(list(orders.classes), orders.seed)
+        self.pool = Pool(self.target, orders.connections, orders.timeout_s)
+        self.keeper = Keeper(list(orders.classes), orders.seed)
         self.labels = LabelQueue(orders.label_delay)
         self.day, self.since = -1, 0.0
         self.is_over = False
         self.number = self.place = self.sent = self.labels_sent = 0
         self.asked = Asked([], [])
         self.ahead: asyncio.Task[Asked] | None = None
-        self.read = msgspec.json.Decoder(_Said).decode
+        self.read = msgspec.json.Decoder(Said).decode
 
     async def run(self) -> Played:
         loop = asyncio.get_running_loop()

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import EkibenError, ServiceError
-from .client import Played
+from .played import Played
 from .operator import Operator
 from .plan import Plan
 from .stage import Stage, make_project, world_table

@@ -21,7 +21,8 @@ from msgspec import structs
 from ..errors import EkibenError
 from ..monitor.records import Alert, MonitorReport
 from ..serving.hosting.deployment import deployment_folder, read_events
-from .client import Callers, Orders, Played
+from .client import Callers, Orders
+from .played import Played
 from .clock import Clock, iso
 from .declared import expect
 from .moves import CHRONIC, FEED, decide, distances, look, retrain, roll_out

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..records import Measure, Record, Task
-from .client import Played
+from .played import Played
 from .clock import Clock, iso
 from .plan import Plan
 
