@@ -111,10 +111,10 @@ class Director:
 
     # --- what happens
 
-    def note(self, kind: str, says: str, version: str = "", at: float | None = None) -> None:
+    def note(self, kind: str, says: str, version: str = "", at: float | None = None, column: str = "") -> None:
         """Write down what happened, now or at a real time."""
         at = time.time() if at is None else at
-        moment = Happening(at=self.clock.moment(at), when=iso(at), kind=kind, says=says, version=version)
+        moment = Happening(at=self.clock.moment(at), when=iso(at), kind=kind, says=says, version=version, column=column)
         self.happened.append(moment)
         self.say(f"day {moment.at:.1f}: {says}")
 
@@ -156,7 +156,7 @@ class Director:
         if alert is None or not may_act:
             return
         if alert.state in ("new", "worse"):
-            self.note("alert", _short(alert))
+            self.note("alert", _short(alert), column=alert.column)
         if move == "repair" and alert.column == self.broken and day == self.plan.feed_day:
             self.figures["feed_named"] = 1
         if move == "retrain" and day - self.last_try > self.plan.label_delay:
@@ -218,7 +218,9 @@ def _seconds(at: str) -> float:
 
 def _short(alert: Alert) -> str:
     """Return what an alert says without what stands in brackets, and not much of it."""
-    says = re.sub(r" \([^()]*\)", "", alert.says)
+    says, before = alert.says, ""
+    while says != before:  # the innermost first
+        says, before = re.sub(r" \([^()]*\)", "", says), says
     return says if len(says) < 130 else says[:127] + "…"
 
 

@@ -70,6 +70,8 @@ class Happening(Record, frozen=True):
     says : str
     version : str
         Of the model it is about; empty: of none.
+    column : str
+        That the monitor names as moved; empty: none.
     """
 
     at: float
@@ -77,6 +79,7 @@ class Happening(Record, frozen=True):
     kind: str
     says: str
     version: str = ""
+    column: str = ""
 
 
 KINDS = ("world", "feed", "alert", "retrained", "kept", "canary", "promoted", "bad", "rolled_back", "failed")
