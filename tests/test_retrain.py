@@ -38,7 +38,8 @@ from ekiben.retrain.champion import BEFORE_ALL, Champion, write_starts
 from ekiben.retrain.decide import decide, find_broken
 from ekiben.retrain.due import began, is_due, latest_look, moment
 from ekiben.retrain.records import PARTS, Candidate, Retrained, Table, read_decisions, retrain_folder
-from ekiben.retrain.report import to_markdown, write_report
+from ekiben.retrain.page import write_report
+from ekiben.retrain.report import to_markdown
 from ekiben.retrain.rows import Stage, count_told, page_fields
 from ekiben.retrain.table import make_table
 from ekiben.retrain.unfinished import carry_on, hold, keep_tables

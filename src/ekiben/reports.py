@@ -12,53 +12,12 @@ from pathlib import Path
 
 from .files import write_whole
 from .gates import is_service_metric
+from .pages import html_badge, html_number, html_page, html_table
 from .records import Judgement, Measure
 from .runs import Layout, Run, StepRun, read_runs
 
 # %% auto #0
-__all__ = ['STYLE', 'write_page', 'write_run_page', 'short_error', 'write_index']
-
-# %% ../../nbs/library/reports.ipynb #ed833b58
-STYLE = """
-:root { --ink:#1d2433; --muted:#667085; --line:#e4e7ec; --paper:#fff; --wash:#f7f8fa; --accent:#4338ca;
-        --good:#067647; --bad:#b42318; --warn:#b54708; }
-@media (prefers-color-scheme: dark) { :root { --ink:#e6e9ef; --muted:#98a2b3; --line:#2f3747; --paper:#151a23;
-        --wash:#1c2330; --accent:#a5a0ff; --good:#47cd89; --bad:#f97066; --warn:#fdb022; } .cell img { background:#fff; } }
-* { box-sizing:border-box }
-body { margin:0; background:var(--wash); color:var(--ink); font:16px/1.6 system-ui,"Segoe UI",Roboto,sans-serif }
-nav { background:var(--paper); border-bottom:1px solid var(--line); padding:.7rem 1.5rem; display:flex; gap:1.1rem; flex-wrap:wrap;
-      align-items:baseline; font-size:.92rem; position:sticky; top:0; z-index:1 }
-nav b { color:var(--accent) } nav a { color:var(--ink); text-decoration:none } nav a:hover, nav a.here { color:var(--accent) }
-nav a.here { font-weight:600 }
-main { max-width:58rem; margin:1.5rem auto 4rem; padding:1.5rem 2.2rem 2.5rem; background:var(--paper); border:1px solid var(--line);
-       border-radius:10px }
-h1 { font-size:1.9rem; line-height:1.2; margin:.4rem 0 .3rem } h2 { font-size:1.3rem; margin:2.2rem 0 .5rem } h3 { font-size:1.05rem }
-blockquote { margin:.2rem 0 1.4rem; padding:0; color:var(--muted); font-size:1.08rem; border:0 }
-a { color:var(--accent) } code, pre { font:13px/1.5 ui-monospace,"SF Mono",Menlo,Consolas,monospace }
-p code, li code, td code { background:var(--wash); padding:.1em .35em; border-radius:4px }
-table { border-collapse:collapse; font-size:.9rem; margin:.8rem 0; display:block; overflow-x:auto; max-width:100% }
-th, td { padding:.34rem .8rem; border-bottom:1px solid var(--line); text-align:left; vertical-align:top; white-space:nowrap }
-td:first-child, th:first-child { padding-left:0 } th { color:var(--muted); font-weight:600 }
-td.n, th.n { text-align:right; font-variant-numeric:tabular-nums } tbody th { font-weight:500; color:var(--ink) }
-.dataframe td { text-align:right; font-variant-numeric:tabular-nums } .dataframe td:not(:first-child) { border-left:0 }
-details.code { margin:.5rem 0 } details.code > summary { cursor:pointer; color:var(--muted); font-size:.8rem; list-style:none;
-       user-select:none } details.code > summary::before { content:"▸ code" } details[open].code > summary::before { content:"▾ code" }
-details.code pre, .output pre { background:var(--wash); border:1px solid var(--line); border-radius:8px; padding:.7rem .9rem; margin:.3rem 0;
-       overflow-x:auto; white-space:pre-wrap } .cell img, .cell svg { max-width:100%; height:auto; margin:.4rem 0 }
-.output.error pre, .output_error pre { border-color:var(--bad); color:var(--bad) } .output_stderr pre { color:var(--muted) }
-table, .dataframe, .dataframe th, .dataframe td { border-width:0 } .dataframe th, .dataframe td { border-bottom:1px solid var(--line) }
-td:last-child { white-space:normal; min-width:8rem } .output pre { font-size:12.5px } summary:focus-visible { outline:2px solid var(--accent) }
-.highlight .k, .highlight .kn, .highlight .kc, .highlight .ow { color:var(--accent) } .highlight .s1, .highlight .s2, .highlight .sd,
-.highlight .sa { color:var(--good) } .highlight .c1 { color:var(--muted); font-style:italic } .highlight .mi, .highlight .mf
-       { color:var(--warn) }
-.badge { display:inline-block; padding:.05rem .55rem; border-radius:1rem; font-size:.8rem; font-weight:600; border:1px solid currentColor }
-.pass,.done,.ran,.champion { color:var(--good) } .fail,.failed,.gate_failed,.killed { color:var(--bad) }
-.anchor { scroll-margin-top:4rem } .failure { border:1px solid var(--bad); border-radius:8px; padding:.7rem 1rem; margin:1rem 0 }
-.failure b { color:var(--bad) } .failure p { margin:.2rem 0; overflow-wrap:anywhere } .failure code { user-select:all }
-.insufficient,.interrupted,.watched { color:var(--warn) } .cached,.running { color:var(--accent) } .skipped { color:var(--muted) }
-.muted { color:var(--muted) } .facts { display:grid; grid-template-columns:max-content 1fr; gap:.2rem 1.2rem; margin:1rem 0 } .facts dt
-       { color:var(--muted) } .facts dd { margin:0; overflow-wrap:anywhere }
-"""
+__all__ = ['write_page', 'write_run_page', 'short_error', 'write_index']
 
 # %% ../../nbs/library/reports.ipynb #ac8e9a48
 def write_page(
@@ -86,7 +45,7 @@ def write_page(
         siblings = sorted(p.stem for p in notebook.parent.glob("*.ipynb"))
         links = [("index.html", f"run {run_id}", False), *((f"{s}.html", s.split("_", 1)[-1], s == notebook.stem) for s in siblings)]
     page = notebook.with_suffix(".html")
-    write_whole(page, _page(title, body, links).encode())
+    write_whole(page, html_page(title, body, links).encode())
     return page
 
 # %% ../../nbs/library/reports.ipynb #6b3cb1a7
@@ -101,17 +60,6 @@ def _first_failure(notebook: Path) -> str:
     return ""
 
 # %% ../../nbs/library/reports.ipynb #d6faeb95
-def _page(title: str, body: str, links: list[tuple[str, str, bool]]) -> str:
-    nav = "".join(
-        f'<a href="{html.escape(to)}"{" class=here" if here else ""}>{html.escape(text)}</a>' for to, text, here in links
-    )
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><nav><b>ekiben</b>{nav}</nav>"
-        f"<main>{body}</main></body></html>"
-    )
-
-
 FOLDED = """
 {%- extends 'basic/index.html.j2' -%}
 {%- block header -%}{%- endblock header -%}
@@ -152,7 +100,7 @@ def write_run_page(layout: Layout, run: Run) -> Path:
     stems = {step.name: os.path.relpath(layout.root / step.html, folder) for step in run.steps if step.html}
     body = [
         f"<h1>Run {html.escape(run.run_id)}</h1>",
-        f'<p>{_badge(run.status.replace("_", " "), run.status)} <span class="muted">{html.escape(run.started)}, {run.seconds:.1f} s</span></p>',
+        f'<p>{html_badge(run.status.replace("_", " "), run.status)} <span class="muted">{html.escape(run.started)}, {run.seconds:.1f} s</span></p>',
     ]
     body.append(_what_failed(run, stems))
     body += [_gates(run.gates), _measures(run.measures), _steps(run, stems), _facts(run)]
@@ -164,7 +112,7 @@ def write_run_page(layout: Layout, run: Run) -> Path:
         if (folder / page).is_file():
             links.append((page, name, False))
     path = folder / "index.html"
-    write_whole(path, _page(f"run {run.run_id}", "\n".join(body), links).encode())
+    write_whole(path, html_page(f"run {run.run_id}", "\n".join(body), links).encode())
     return path
 
 # %% ../../nbs/library/reports.ipynb #140579e6
@@ -190,22 +138,6 @@ def _what_failed(run: Run, pages: dict[str, str]) -> str:
     return f'<div class="failure">{"".join(lines)}</div>'
 
 # %% ../../nbs/library/reports.ipynb #6fe8208e
-def _badge(text: str, kind: str) -> str:
-    return f'<span class="badge {html.escape(kind)}">{html.escape(text)}</span>'
-
-
-def _table(headings: list[str], rows: list[list[str]], numbers: frozenset[int] = frozenset()) -> str:
-    head = "".join(f'<th{" class=n" if i in numbers else ""}>{h}</th>' for i, h in enumerate(headings))
-    lines = ["".join(f'<td{" class=n" if i in numbers else ""}>{c}</td>' for i, c in enumerate(row)) for row in rows]
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(f'<tr>{line}</tr>' for line in lines)}</tbody></table>"
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 2 else f"{value:,.4f}"
-
-
 def _between(m: Measure | Judgement) -> str:
     return "" if m.low is None or m.high is None else f"{m.low:,.4f} … {m.high:,.4f}"
 
@@ -218,15 +150,15 @@ def _gates(gates: list[Judgement]) -> str:
         words = g.verdict + ("" if g.blocking else ", watched") + (f", waived: {g.waived}" if g.waived else "")
         more = f"about {g.rows_needed:,} rows would decide" if g.verdict == "insufficient" and g.rows_needed else ""
         more = more or (html.escape(g.note) if is_service_metric(g.metric) else "")
-        rows.append([f"<code>{html.escape(g.name)}</code>", _number(g.value), _between(g), _badge(words, g.verdict), more])
-    return "<h2>Gates</h2>" + _table(["declared", "measured", "interval", "verdict", ""], rows, frozenset({1}))
+        rows.append([f"<code>{html.escape(g.name)}</code>", html_number(g.value), _between(g), html_badge(words, g.verdict), more])
+    return "<h2>Gates</h2>" + html_table(["declared", "measured", "interval", "verdict", ""], rows, frozenset({1}))
 
 
 def _measures(measures: list[Measure]) -> str:
     if not measures:
         return ""
-    rows = [[html.escape(m.label), _number(m.value), _between(m), f"{m.rows:,}" if m.rows else "", html.escape(m.note)] for m in measures]
-    return "<h2>Figures</h2>" + _table(["figure", "value", "interval", "rows", ""], rows, frozenset({1, 3}))
+    rows = [[html.escape(m.label), html_number(m.value), _between(m), f"{m.rows:,}" if m.rows else "", html.escape(m.note)] for m in measures]
+    return "<h2>Figures</h2>" + html_table(["figure", "value", "interval", "rows", ""], rows, frozenset({1, 3}))
 
 
 def _steps(run: Run, pages: dict[str, str]) -> str:
@@ -234,8 +166,8 @@ def _steps(run: Run, pages: dict[str, str]) -> str:
     for s in run.steps:
         name = f'<a href="{html.escape(pages[s.name])}">{html.escape(s.name)}</a>' if s.name in pages else html.escape(s.name)
         took = [f"{s.seconds:.1f}", f"{s.overhead_s:.1f}"] if s.status in ("ran", "failed") else ["", ""]
-        rows.append([name, _badge(s.status, s.status), *took, html.escape(short_error(s) or s.why)])
-    return "<h2>Steps</h2>" + _table(["step", "", "seconds", "overhead", "why"], rows, frozenset({2, 3}))
+        rows.append([name, html_badge(s.status, s.status), *took, html.escape(short_error(s) or s.why)])
+    return "<h2>Steps</h2>" + html_table(["step", "", "seconds", "overhead", "why"], rows, frozenset({2, 3}))
 
 
 def _facts(run: Run) -> str:
@@ -262,20 +194,21 @@ def write_index(layout: Layout) -> Path:
         rows.append(
             [
                 f'<a href="runs/{run.run_id}/index.html">{run.run_id}</a>',
-                _badge(run.status.replace("_", " "), run.status) + _where(run),
-                *[_number(run.metrics.get(name)) for name in names],
+                html_badge(run.status.replace("_", " "), run.status) + _where(run),
+                *[html_number(run.metrics.get(name)) for name in names],
                 _passed(run),
-                html.escape(model) + (f" {_badge(str(run.model['alias']), str(run.model['alias']))}" if run.model.get("alias") else ""),
+                html.escape(model) + (f" {html_badge(str(run.model['alias']), str(run.model['alias']))}" if run.model.get("alias") else ""),
                 f"{run.seconds:.1f}",
             ]
         )
     headings = ["run", "", *map(html.escape, names), "gates passed", "model", "seconds"]
-    body = "<h1>Runs</h1><blockquote>Newest first.</blockquote>" + _table(headings, rows, frozenset(range(2, 2 + len(names))))
+    body = "<h1>Runs</h1><blockquote>Newest first.</blockquote>" + html_table(headings, rows, frozenset(range(2, 2 + len(names))))
     path = layout.reports / "index.html"
     links = [("index.html", "all runs", True)]
-    if (layout.reports / "monitor" / "index.html").is_file():
-        links.append(("monitor/index.html", "monitor", False))
-    write_whole(path, _page("runs", body, links).encode())
+    for name in ("monitor", "retrain"):
+        if (layout.reports / name / "index.html").is_file():
+            links.append((f"{name}/index.html", name, False))
+    write_whole(path, html_page("runs", body, links, wide=True).encode())
     return path
 
 # %% ../../nbs/library/reports.ipynb #0595ff3f

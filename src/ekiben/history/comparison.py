@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..files import write_whole
-from ..reports import _badge, _number, _page, _table
+from ..pages import html_badge, html_number, html_page, html_table
 from .compare import FigurePair, RunComparison
 from .surroundings import Change
 from ..runs import Layout, Run
@@ -62,7 +62,7 @@ def show_comparison(seen: RunComparison, *, lines: int = 60) -> Group:
     figures = Table("", "A", "B", "B − A", "intervals", box=None, padding=(0, 2), header_style="dim")
     for pair in seen.figures:
         style = "" if say_pair(pair) == "apart" else "dim" if pair.difference == 0 else ""
-        cells = [_number(m.value) if m and math.isfinite(m.value) else "" for m in (pair.a, pair.b)]
+        cells = [html_number(m.value) if m and math.isfinite(m.value) else "" for m in (pair.a, pair.b)]
         figures.add_row(Text(pair.label, style), *cells, _signed(pair.difference), Text(say_pair(pair), "yellow" if pair.apart else "dim"))
     if seen.figures:
         parts += [Text("\nFigures", "bold"), figures]
@@ -102,7 +102,7 @@ def write_comparison_page(layout: Layout, seen: RunComparison) -> Path:
     name = f"compare-{seen.a.run_id}-{seen.b.run_id}.html"
     sides = "".join(
         f'<dt>{mark}</dt><dd><a href="runs/{run.run_id}/index.html">{html.escape(run.run_id)}</a> '
-        f'{_badge(run.status.replace("_", " "), run.status)} <span class="muted">{html.escape(_about(run))}</span></dd>'
+        f'{html_badge(run.status.replace("_", " "), run.status)} <span class="muted">{html.escape(_about(run))}</span></dd>'
         for mark, run in (("A", seen.a), ("B", seen.b))
     )
     body = [
@@ -116,7 +116,7 @@ def write_comparison_page(layout: Layout, seen: RunComparison) -> Path:
         _changes_section("Versions and machine", seen.environment),
     ]
     path = layout.reports / name
-    write_whole(path, _page("two runs", "\n".join(body), [("index.html", "all runs", False), (name, "two runs", True)]).encode())
+    write_whole(path, html_page("two runs", "\n".join(body), [("index.html", "all runs", False), (name, "two runs", True)]).encode())
     return path
 
 # %% ../../../nbs/library/history/comparison.ipynb #8dc2a714
@@ -126,25 +126,25 @@ def _figures_section(pairs: Iterable[FigurePair]) -> str:
         values = []
         for m in (pair.a, pair.b):
             interval = f' <span class="muted">{m.low:,.4f} … {m.high:,.4f}</span>' if m and m.low is not None and m.high is not None else ""
-            values.append((_number(m.value) if m and math.isfinite(m.value) else "") + interval)
-        says = _badge("apart", "insufficient") if pair.apart else f'<span class="muted">{say_pair(pair)}</span>'
+            values.append((html_number(m.value) if m and math.isfinite(m.value) else "") + interval)
+        says = html_badge("apart", "insufficient") if pair.apart else f'<span class="muted">{say_pair(pair)}</span>'
         rows.append([f"<code>{html.escape(pair.label)}</code>", *values, _signed(pair.difference), says])
-    return "<h2>Figures</h2>" + _table(["", "A", "B", "B − A", "intervals"], rows, frozenset({3})) if rows else ""
+    return "<h2>Figures</h2>" + html_table(["", "A", "B", "B − A", "intervals"], rows, frozenset({3})) if rows else ""
 
 
 def _verdicts_section(seen: RunComparison) -> str:
     rows = [
-        [f"<code>{html.escape(m.name)}</code>", *(_badge(str(v), str(v).split(",")[0]) if v else "" for v in (m.then, m.now)), "" if m.agrees else "differs"]
+        [f"<code>{html.escape(m.name)}</code>", *(html_badge(str(v), str(v).split(",")[0]) if v else "" for v in (m.then, m.now)), "" if m.agrees else "differs"]
         for m in seen.verdicts
     ]
-    return "<h2>Verdicts</h2>" + _table(["", "A", "B", ""], rows) if rows else ""
+    return "<h2>Verdicts</h2>" + html_table(["", "A", "B", ""], rows) if rows else ""
 
 
 def _changes_section(title: str, changes: list[Change]) -> str:
     if not changes:
         return ""
     rows = [[f"<code>{html.escape(c.what)}</code>", html.escape(c.then) or "–", html.escape(c.now) or "–"] for c in changes]
-    return f"<h2>{title}</h2>" + _table(["", "A", "B"], rows)
+    return f"<h2>{title}</h2>" + html_table(["", "A", "B"], rows)
 
 
 def _code_section(seen: RunComparison) -> str:

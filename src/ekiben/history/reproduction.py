@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..files import write_whole
-from ..reports import _badge, _number, _page, _table
+from ..pages import html_badge, html_number, html_page, html_table
 from .agreement import Match
 from ..runs import Layout
 
@@ -79,7 +79,7 @@ def _named(match: Match) -> str:
 
 
 def _value(value: float | str | None) -> str:
-    return _number(value) if isinstance(value, float) else str(value or "")
+    return html_number(value) if isinstance(value, float) else str(value or "")
 
 # %% ../../../nbs/library/history/reproduction.ipynb #afeb8e90
 def write_reproduction_page(layout: Layout, seen: Reproduction) -> Path:
@@ -87,7 +87,7 @@ def write_reproduction_page(layout: Layout, seen: Reproduction) -> Path:
     folder = layout.report(seen.run_id)
     body = [
         f"<h1>{html.escape(seen.run_id)}, made again</h1>",
-        f"<p>{_badge('identical' if seen.is_identical else 'not identical', 'pass' if seen.is_identical else 'fail')} "
+        f"<p>{html_badge('identical' if seen.is_identical else 'not identical', 'pass' if seen.is_identical else 'fail')} "
         f'<span class="muted">{html.escape(seen.started)}, {seen.seconds:.1f} s</span></p>',
         f"<p>{_marked(seen.verdict)}</p>",
         _changes_section("Data that changed", seen.data),
@@ -102,7 +102,7 @@ def write_reproduction_page(layout: Layout, seen: Reproduction) -> Path:
         body.append(_matches_section(title, [m for m in seen.matches if m.kind == kind]))
     links = [("../../index.html", "all runs", False), ("index.html", f"run {seen.run_id}", False), ("reproduction.html", "made again", True)]
     path = folder / "reproduction.html"
-    write_whole(path, _page(f"{seen.run_id}, made again", "\n".join(body), links).encode())
+    write_whole(path, html_page(f"{seen.run_id}, made again", "\n".join(body), links).encode())
     return path
 
 
@@ -116,7 +116,7 @@ def _changes_section(title: str, changes: list[Change]) -> str:
     if not changes:
         return ""
     rows = [[html.escape(c.what), html.escape(c.then or "none"), html.escape(c.now or "none")] for c in changes]
-    return f"<h2>{title}</h2>" + _table(["", "then", "now"], rows)
+    return f"<h2>{title}</h2>" + html_table(["", "then", "now"], rows)
 
 
 def _matches_section(title: str, matches: list[Match]) -> str:
@@ -126,10 +126,10 @@ def _matches_section(title: str, matches: list[Match]) -> str:
     ordered = sorted(matches, key=lambda m: m.agrees)
     rows = [
         [*([html.escape(m.step)] if m.kind != "verdict" else []), f"<code>{html.escape(m.name)}</code>",
-         html.escape(_value(m.then)), html.escape(_value(m.now)), _badge(m.verdict, BADGES[m.verdict]), html.escape(m.note)]
+         html.escape(_value(m.then)), html.escape(_value(m.now)), html_badge(m.verdict, BADGES[m.verdict]), html.escape(m.note)]
         for m in ordered
     ]  # fmt: skip
     headings = [*(["step"] if matches[0].kind != "verdict" else []), "", "then", "now", "", ""]
-    return f"<h2>{title}</h2><p class=muted>{count_matches(matches)}</p>" + _table(
+    return f"<h2>{title}</h2><p class=muted>{count_matches(matches)}</p>" + html_table(
         headings, rows, frozenset({2, 3}) if is_number else frozenset()
     )

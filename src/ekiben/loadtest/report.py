@@ -15,7 +15,7 @@ from ..figures import ACCENT, INK, MUTED, new_picture, shades, verdict_color
 from ..files import write_whole
 from .levels import Level, LoadTest
 from ..records import Judgement, Measure
-from ..reports import _badge, _page, _table
+from ..pages import html_badge, html_page, html_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -200,7 +200,7 @@ def write_loadtest(test: LoadTest, folder: Path) -> Path:
     links = [("loadtest.html", "load test", True)]
     if (folder / "run.json").is_file():
         links = [("../../index.html", "all runs", False), ("index.html", f"run {folder.name}", False), *links]
-    write_whole(page, _page("load test", "\n".join(_body(test)), links).encode())
+    write_whole(page, html_page("load test", "\n".join(_body(test)), links).encode())
     return page
 
 
@@ -215,15 +215,15 @@ def _body(test: LoadTest) -> list[str]:
     ]
     if test.gates:
         lines = [
-            [f"<code>{html.escape(g.name)}</code>", write_figure(g.metric, g.value), _interval(g.metric, g), _badge(g.verdict, g.verdict),
+            [f"<code>{html.escape(g.name)}</code>", write_figure(g.metric, g.value), _interval(g.metric, g), html_badge(g.verdict, g.verdict),
              html.escape(verdict_words(g).removeprefix(g.verdict).strip(" ,").replace("(watched)", "watched"))]
             for g in test.gates
         ]  # fmt: skip
-        parts += ["<h2>Gates</h2>", _table(["declared", "measured", "interval", "verdict", ""], lines, frozenset({1}))]
+        parts += ["<h2>Gates</h2>", html_table(["declared", "measured", "interval", "verdict", ""], lines, frozenset({1}))]
     parts += ["<h2>Latency</h2>", '<div class="cell"><img src="loadtest.svg" alt="latency against the requests at once, and its spread"></div>']
     parts += [f'<p class="insufficient">{html.escape(doubt)}</p>' for doubt in test.doubts]
     cells = [[html.escape(cell) for cell in level_line(level)] for level in test.levels]
-    parts.append(_table(list(COLUMNS), cells, frozenset({0, 1, 2, 3, 4, 6, 8})))
+    parts.append(html_table(list(COLUMNS), cells, frozenset({0, 1, 2, 3, 4, 6, 8})))
     parts.append(
         "<p>Every connection sends its next request as soon as the answer to the last one is whole. The intervals come from "
         "drawing twentieths of the time with replacement. <i>Client busy</i> is the share of the time in which the client "

@@ -18,7 +18,7 @@ from .pictures import words
 from .records import Alert, DriftSeen, Fairness, InputQuality, MonitorReport, Quality, Traffic
 from ..palette import short
 from ..records import Judgement, Measure
-from ..reports import _badge, _table
+from ..pages import html_badge, html_table
 
 if TYPE_CHECKING:
     from IPython.display import HTML
@@ -82,14 +82,14 @@ def drift_table(drifts: Sequence[DriftSeen], most: int = 12) -> HTML:
     shown = moved + [d for d in drifts if not d.is_drifting][: max(0, most - len(moved))]
     rows = [
         [
-            html.escape(d.column), _badge("moved", "fail") if d.is_drifting else '<span class="muted">as before</span>', _minute(d.since),
+            html.escape(d.column), html_badge("moved", "fail") if d.is_drifting else '<span class="muted">as before</span>', _minute(d.since),
             short(d.psi), "< 0.0001" if d.p_value < 1e-4 else f"{d.p_value:.4f}", html.escape(d.says).replace("`", "") if d.is_drifting else "",
         ]
         for d in shown
     ]  # fmt: skip
     left_out = len(drifts) - len(shown)
     more = f'<p class="muted">{left_out} more columns are as before.</p>' if left_out else ""
-    return page(_table(["column", "", "since", "index", "chance", "what"], rows, frozenset({3, 4})) + more)
+    return page(html_table(["column", "", "since", "index", "chance", "what"], rows, frozenset({3, 4})) + more)
 
 
 def input_table(inputs: Sequence[InputQuality], most: int = 12) -> HTML:
@@ -97,7 +97,7 @@ def input_table(inputs: Sequence[InputQuality], most: int = 12) -> HTML:
     rows = [
         [html.escape(i.column), *(f"{v:.1%}" for v in (i.missing, i.reference_missing, i.unseen, i.out_of_range))] for i in inputs[:most]
     ]
-    return page(_table(["column", "missing", "in training", "never seen", "out of range"], rows, frozenset({1, 2, 3, 4})))
+    return page(html_table(["column", "missing", "in training", "never seen", "out of range"], rows, frozenset({1, 2, 3, 4})))
 
 
 def quality_table(quality: Quality) -> HTML:
@@ -111,7 +111,7 @@ def quality_table(quality: Quality) -> HTML:
     if not names:
         return sentence("Neither is there a label, nor can quality be estimated without one.")
     rows = [[words(n), *(_with_interval(table.get(n)) for table in shown.values())] for n in names]
-    return page(_table(["figure", *shown], rows, frozenset(range(1, 1 + len(shown)))))
+    return page(html_table(["figure", *shown], rows, frozenset(range(1, 1 + len(shown)))))
 
 
 def _with_interval(m: Measure | None) -> str:
@@ -127,7 +127,7 @@ def concept_table(quality: Quality, most: int = 8) -> HTML:
         return sentence("No label was told, or the bundle holds no reference: this cannot be seen.")
 
     def row(name: str, is_moved: bool, chance: str, says: str) -> list[str]:
-        return [html.escape(name), _badge("moved", "fail") if is_moved else '<span class="muted">as before</span>', chance, html.escape(says).replace("`", "")]
+        return [html.escape(name), html_badge("moved", "fail") if is_moved else '<span class="muted">as before</span>', chance, html.escape(says).replace("`", "")]
 
     rows = [
         row(f"mean {s['figure']}", s["is_drifting"], _chance(s["p_value"]), f"{short(s['now'])}, {short(s['before'])} before ({s['rows']:,} rows)")
@@ -141,7 +141,7 @@ def concept_table(quality: Quality, most: int = 8) -> HTML:
         row(f"residual along {r['column']}", r["is_drifting"], _chance(r["p_value"]), r["says"] if r["is_drifting"] else "")
         for r in quality.concept[:most]
     ]
-    return page(_table(["what", "", "chance", ""], rows, frozenset({2})))
+    return page(html_table(["what", "", "chance", ""], rows, frozenset({2})))
 
 
 def _chance(p: float) -> str:
@@ -155,11 +155,11 @@ def fairness_table(fairness: Sequence[Fairness]) -> HTML:
         judged = {j.metric: j for j in fair.judgements}
         for m in fair.gaps:
             j = judged.get(m.name)
-            verdict = f"{_badge(j.verdict, j.verdict)} {html.escape(j.op)} {j.limit:g}" if j else ""
+            verdict = f"{html_badge(j.verdict, j.verdict)} {html.escape(j.op)} {j.limit:g}" if j else ""
             rows.append([f"{words(m.name)} [{html.escape(fair.column)}]", _with_interval(m), f"{m.rows:,}", verdict])
         said = f"{html.escape(fair.column)}: known of {fair.matched:.0%} of the rows"
         notes.append(said + (f", {fair.withheld:,} of them withheld, in groups too small" if fair.withheld else ""))
-    return page(_table(["gap", "value", "rows", "declared"], rows, frozenset({1, 2})) + f'<p class="muted">{"; ".join(notes)}.</p>')
+    return page(html_table(["gap", "value", "rows", "declared"], rows, frozenset({1, 2})) + f'<p class="muted">{"; ".join(notes)}.</p>')
 
 # %% ../../../nbs/library/monitor/tables.ipynb #0fe0fb21
 def named_estimated(judgements: Iterable[Judgement]) -> list[Judgement]:
@@ -170,7 +170,7 @@ def named_estimated(judgements: Iterable[Judgement]) -> list[Judgement]:
 def alert_cards(report: MonitorReport) -> HTML:
     """Show every alert as a card: what moved, since when, which rows show it, what to do."""
     notes = "".join(f'<p class="muted">{html.escape(note[0].upper() + note[1:])}.</p>' for note in report.notes)
-    quiet = f"<p>{_badge('quiet', 'pass')} Nothing moved beyond chance.</p>"
+    quiet = f"<p>{html_badge('quiet', 'pass')} Nothing moved beyond chance.</p>"
     return page(("".join(map(_card, report.alerts)) or quiet) + notes)
 
 
@@ -178,7 +178,7 @@ def _card(alert: Alert) -> str:
     since = f' <span class="muted">since {html.escape(_minute(alert.since))}</span>' if alert.since else ""
     rows = f"<details><summary>which rows</summary><pre>{html.escape(alert.rows)}</pre></details>" if alert.rows else ""
     said, advice = (html.escape(text).replace("`", "") for text in (alert.says, alert.advice))
-    return f'<div class="failure"><p>{_badge(alert.kind, "fail")} <b>{said}</b>{since}</p><p>{advice}</p>{rows}</div>'
+    return f'<div class="failure"><p>{html_badge(alert.kind, "fail")} <b>{said}</b>{since}</p><p>{advice}</p>{rows}</div>'
 
 
 def show_all(figures: Iterable[Figure]) -> None:

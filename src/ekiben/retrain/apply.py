@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from ..errors import GateError
 from ..files import write_whole
 from .records import Retrained, read_decisions, retrain_folder
-from .report import write_report
+from .page import write_report
 
 # %% auto #0
 __all__ = ['is_deployed', 'settle_alias', 'make_champion', 'apply', 'finish_applying']

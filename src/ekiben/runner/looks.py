@@ -22,7 +22,9 @@ from ..monitor.records import Alert, MonitorReport
 from ..monitor.sinks import Look, Mail, append_lines, post, send_mail
 from ..monitor.standing import kept_alerts, tell, update
 from ..records import Record
-from ..reports import _badge, _page, _table, write_index
+from ..pages import html_badge, html_page, html_table
+from ..reports import write_index
+from .expected import in_words
 from ..runs import Layout, new_run_id
 from ..settings import Settings, load_settings
 
@@ -252,13 +254,13 @@ def write_looks(folder: Path, most: int = 200) -> Path:
         rows.append(
             [
                 f'<a href="{path.parent.name}/06_monitor.html">{html.escape(seen.window.until[:16].replace("T", " "))}</a>',
-                _badge("alerts", "fail") if seen.alerts else _badge("quiet", "pass"),
-                f"{(seen.window.end - seen.window.begin).total_seconds() / 3600:,.4g} h", html.escape(f"{seen.model.name} {seen.model.version}"),
+                html_badge("alerts", "fail") if seen.alerts else html_badge("quiet", "pass"),
+                in_words((seen.window.end - seen.window.begin).total_seconds()), html.escape(f"{seen.model.name} {seen.model.version}"),
                 f"{seen.window.rows:,}", f"{seen.window.labelled:,}", html.escape(said),
             ]
         )  # fmt: skip
     head = "<h1>Monitor</h1><blockquote>Looks at the journal, newest first.</blockquote>"
-    body = head + _table(["until", "", "window", "model", "rows", "labelled", "what moved"], rows, frozenset({2, 4, 5}))
+    body = head + html_table(["until", "", "window", "model", "rows", "labelled", "what moved"], rows, frozenset({2, 4, 5}))
     path = folder / "index.html"
-    write_whole(path, _page("monitor", body, [("../index.html", "all runs", False), ("index.html", "monitor", True)]).encode())
+    write_whole(path, html_page("monitor", body, [("../index.html", "all runs", False), ("index.html", "monitor", True)], wide=True).encode())
     return path

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..files import write_whole
-from ..reports import _badge, _page, _table
+from ..pages import html_badge, html_page, html_table
 from .picture import draw_story
 from .story import Story, write_story
 
@@ -40,7 +40,7 @@ def write_page(folder: Path, story: Story) -> Path:
     write_whole(folder / "story.png", buffer.getvalue())
     page = folder / "story.html"
     body = _WIDE + "\n".join(_body(story, base64.b64encode(buffer.getvalue()).decode()))
-    write_whole(page, _page(f"{len(story.days)} days of {story.model}", body, [("story.html", "simulation", True)]).encode())
+    write_whole(page, html_page(f"{len(story.days)} days of {story.model}", body, [("story.html", "simulation", True)]).encode())
     return page
 
 
@@ -51,14 +51,14 @@ def _body(story: Story, picture: str) -> list[str]:
         f"{plan.label_delay} days late; scenario {plan.scenario}, played {story.made}"
     )
     alt = html.escape("; ".join(f"day {h.at:.1f}: {h.says}" for h in story.happened))
-    checks = [[_badge("pass" if e.is_met else "fail", "yes" if e.is_met else "no"), html.escape(e.name), html.escape(e.says)] for e in story.expected]
+    checks = [[html_badge("pass" if e.is_met else "fail", "yes" if e.is_met else "no"), html.escape(e.name), html.escape(e.says)] for e in story.expected]
     events = [[f"{h.at:.2f}", html.escape(h.when[11:19]), html.escape(h.kind.replace("_", " ")), html.escape(h.says)] for h in story.happened]
     return [
         f'<img src="data:image/png;base64,{picture}" alt="{alt}">',
         f"<blockquote>{html.escape(what)}</blockquote>",
-        "<h2>What was declared, and whether it came true</h2>", _table(["", "declared", "found"], checks),
-        "<h2>What happened</h2>", _table(["day", "at (UTC)", "what", ""], events),
-        "<h2>Day by day</h2>", _table(["day", "requests", "failed", "quality", "estimated", "parity", "alerts"], [_day_line(story, i) for i in range(len(story.days))]),
+        "<h2>What was declared, and whether it came true</h2>", html_table(["", "declared", "found"], checks),
+        "<h2>What happened</h2>", html_table(["day", "at (UTC)", "what", ""], events),
+        "<h2>Day by day</h2>", html_table(["day", "requests", "failed", "quality", "estimated", "parity", "alerts"], [_day_line(story, i) for i in range(len(story.days))]),
         "<h2>What was typed</h2>", f'<div class="output"><pre class="typed">{html.escape(chr(10).join(story.commands))}</pre></div>',
     ]  # fmt: skip
 
