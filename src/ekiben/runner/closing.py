@@ -148,6 +148,8 @@ def next_command(run: Run) -> str:
     if run.status == "done":
         if any(map(is_pending, run.gates)):
             return "ekiben loadtest"
+        if run.model.get("alias") == "challenger":
+            return "ekiben deploy"
         return "ekiben serve" if run.bento else "ekiben run"
     if run.status == "gate_failed":
         failed = next((g for g in run.gates if g.blocking and not g.waived and g.verdict != "pass"), None)
