@@ -23,10 +23,10 @@ from images import Store, end, start_image, why_not
 from test_tls import make_pair
 
 from ekiben.bento import build_bento
-from ekiben.containerfile import USER
-from ekiben.containerize import containerize, find_backend
+from ekiben.image.containerfile import USER
+from ekiben.image.containerize import containerize, find_backend
 from ekiben.errors import IntegrityError, ServiceError, UsageError
-from ekiben.installer import pip_settings
+from ekiben.image.installer import pip_settings
 from ekiben.serving.bundle import Lineage, stamp_bundle
 from ekiben.serving.container import serve_command
 from ekiben.serving.security.issuing import add_key
@@ -363,7 +363,7 @@ def test_labels_and_bill_of_materials_say_what_it_is(made, root):
     assert labels["ekiben.run"] == "20260101-120000-aaaa" and labels["org.opencontainers.image.revision"] == "c" * 40
     assert labels["org.opencontainers.image.version"] == "3" and labels["org.opencontainers.image.base.name"] == "localhost/ekiben-base"
     bill = (folder / "opt" / "sbom.cdx.json").read_bytes()
-    assert hashlib.sha256(bill).hexdigest() == image.sbom == labels["ekiben.sbom"].removeprefix("sha256:")
+    assert hashlib.sha256(bill).hexdigest() == image.sbom == labels["ekiben.image.sbom"].removeprefix("sha256:")
     assert bill == (top / "sbom.json").read_bytes()
     told = json.loads(bill)
     components = {c["name"]: c for c in told["components"]}
@@ -380,7 +380,7 @@ def test_the_bill_of_materials_follows_its_standard():
 
     from cyclonedx.schema import SchemaVersion
     from cyclonedx.validation.json import JsonStrictValidator
-    from ekiben.sbom import take_inventory, write_sbom
+    from ekiben.image.sbom import take_inventory, write_sbom
 
     labels = {"ekiben.model": "census", "ekiben.version": "none", "ekiben.digest": "ab" * 32}
     bill = write_sbom(take_inventory([sys.executable]), name="census:v3-ab", labels=labels, made=datetime(2026, 1, 1, tzinfo=UTC))

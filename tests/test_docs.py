@@ -130,7 +130,7 @@ def test_no_document_speaks_of_this_machine() -> None:
 def test_whatever_new_project_takes_can_be_said_on_the_command_line() -> None:
     import inspect
 
-    from ekiben.scaffold import new_project
+    from ekiben.new.scaffold import new_project
 
     options = {option for parameter in COMMANDS["new"].params for option in parameter.opts}
     takes = {f"--{name}" for name in inspect.signature(new_project).parameters if name != "folder"}

@@ -17,7 +17,7 @@ import pytest
 from bundles import make_columns, make_project
 
 from ekiben.bento import build_bento
-from ekiben.containerfile import pin_requirements
+from ekiben.image.containerfile import pin_requirements
 from ekiben.serving.bundle import Lineage, stamp_bundle
 from ekiben.serving.run import stop_process
 from ekiben.serving.scoring.scorer import Scorer

@@ -17,16 +17,16 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ekiben import scaffold, template
+from ekiben.new import scaffold, template
 from ekiben.data.schema import fields_from_pandera
 from ekiben.data.sources import find_paths
 from ekiben.errors import DataError, EkibenError, UsageError
-from ekiben.first_settings import locate
-from ekiben.question import Question
-from ekiben.scaffold import new_project
+from ekiben.new.first_settings import locate
+from ekiben.new.question import Question
+from ekiben.new.scaffold import new_project
 from ekiben.settings import load_settings
-from ekiben.survey import survey_table
-from ekiben.template import package_name
+from ekiben.new.survey import survey_table
+from ekiben.new.template import package_name
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -404,7 +404,7 @@ def test_an_installed_wheel_makes_projects_whose_tests_pass(wheel: Path, place: 
     zipfile.ZipFile(wheel).extractall(place / "site")
     site = str(place / "site")
     make = (
-        "import ekiben, sys; from ekiben.scaffold import new_project; from ekiben.template import template_root\n"
+        "import ekiben, sys; from ekiben.new.scaffold import new_project; from ekiben.new.template import template_root\n"
         "assert ekiben.__file__.startswith(sys.argv[1]) and str(template_root()).startswith(sys.argv[1])\n"
         "new_project('loan-risk', data='loans.csv', target='repaid')"
     )

@@ -20,7 +20,7 @@ from py_compile import PycInvalidationMode
 
 import msgspec
 
-from .containerfile import CONTAINERFILE, pin_requirements, write_containerfile
+from .image.containerfile import CONTAINERFILE, pin_requirements, write_containerfile
 from .errors import EkibenError, ServiceError
 from .records import Record
 from .registry import copy_framework, requirements_of

@@ -70,7 +70,7 @@ def ask(port: int, body: object, key: str = "") -> dict | list:
 def build_ours(store: Store, home: Path) -> None:
     """Package the model and build its image."""
     from ekiben.bento import build_bento
-    from ekiben.containerize import containerize
+    from ekiben.image.containerize import containerize
     from ekiben.serving.bundle import stamp_bundle
 
     bundle = stamp_bundle(home / "made" / "bundle", home / "stamped", version="1")
@@ -82,8 +82,8 @@ def build_theirs(store: Store, home: Path) -> None:
     """Register the same model with MLflow, and build an image that serves it with `mlflow.pyfunc`, from the same recipe."""
     import mlflow
 
-    from ekiben.containerfile import pin_requirements, write_containerfile
-    from ekiben.installer import build_secrets
+    from ekiben.image.containerfile import pin_requirements, write_containerfile
+    from ekiben.image.installer import build_secrets
     from ekiben.registry import Registry
     from ekiben.serving.bundle import load_bundle
 

@@ -42,7 +42,7 @@ def new(
 
     Example: ekiben new census --data train.csv --target income --positive ">50K" --sensitive sex,race
     """
-    from ekiben.scaffold import new_project
+    from ekiben.new.scaffold import new_project
 
     made = new_project(
         folder,

@@ -49,7 +49,7 @@ def containerize(
 
     Example: ekiben containerize --backend podman --sbom sbom.cdx.json
     """
-    from ekiben.containerize import containerize as build_image
+    from ekiben.image.containerize import containerize as build_image
 
     if strict and not audit:
         raise UsageError("--strict needs the look-up that --no-audit leaves out")
