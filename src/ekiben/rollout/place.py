@@ -43,8 +43,8 @@ from ..serving.security.signer import Signer
 from ..serving.security.trust import Trust
 
 # %% auto #0
-__all__ = ['HISTORY', 'TAKEN', 'environment_folder', 'current', 'Overtaken', 'publish', 'controlling', 'controller',
-           'remove_leftovers', 'is_alive', 'wait_taken', 'look', 'user', 'Outcome']
+__all__ = ['HISTORY', 'TAKEN', 'FRESH_S', 'LOST_S', 'environment_folder', 'current', 'Overtaken', 'publish', 'controlling',
+           'controller', 'remove_leftovers', 'is_alive', 'wait_taken', 'look', 'user', 'Outcome']
 
 # %% ../../../nbs/library/rollout/place.ipynb #898f48a6
 HISTORY = "history"
@@ -205,13 +205,22 @@ def remove_leftovers(folder: Path) -> int:
     return len(left)
 
 # %% ../../../nbs/library/rollout/place.ipynb #f242556e
+FRESH_S, LOST_S = 5.0, 60.0  # a service says how it stands every two seconds
+
+
 def is_alive(status: Status | None) -> bool:
-    """Return whether the service that wrote a status still runs: on this machine, or elsewhere and it wrote just now."""
+    """Return whether the service that wrote a status still runs: it wrote just now, or its process is on this machine.
+
+    One that has said nothing for a minute is away, whichever process has its number by now.
+    """
     if status is None or status.pid <= 0:
         return False
-    with contextlib.suppress(UsageError):
-        if abs((datetime.now(UTC) - parse_time(status.at)).total_seconds()) < 5:
-            return True
+    try:
+        age = abs((datetime.now(UTC) - parse_time(status.at)).total_seconds())
+    except UsageError:
+        return False
+    if age < FRESH_S or age > LOST_S:
+        return age < FRESH_S
     try:
         os.kill(status.pid, 0)
     except ProcessLookupError:
