@@ -134,7 +134,7 @@ def test_what_balance_means_has_turned_while_every_input_looks_as_before(worlds)
         y, said = drifting.happen(c, 7_000 + number, turned=True), drifting.say(c)
         first = residual_drift(reference, label_columns(reference, profile, c, y, said), profile)[0]
         assert first.column == "balance" and first.is_drifting
-        assert '"balance"' in first.where and "true less said" in first.says
+        assert '"balance"' in first.where and "truth minus prediction moved" in first.says
         assert named(compare_window(profile, count_columns(profile, c, said))) == []
 
 

@@ -202,8 +202,8 @@ def _residual_tests(column: ColumnProfile, before: BinSums, now: np.ndarray, ref
     mean, mean_before = np.bincount(group, new[:, 1]) / n, np.bincount(group, old[:, 1]) / m
     within = np.bincount(group, new[:, 2]) - n * mean**2 + np.bincount(group, old[:, 2]) - m * mean_before**2
     error = np.maximum(within / (n + m), 0.05 * variance) * (1 / n + 1 / m)
-    apart, weight = mean - mean_before, 1 / error
-    apart = apart - (weight * apart).sum() / weight.sum()
+    moved, weight = mean - mean_before, 1 / error
+    apart = moved - (weight * moved).sum() / weight.sum()
     shape = float((weight * apart**2).sum())
     out.tests.append(("shape", shape, float(special.chdtrc(len(n) - 1, shape))))
     if column.kind == "category":
@@ -219,7 +219,9 @@ def _residual_tests(column: ColumnProfile, before: BinSums, now: np.ndarray, ref
     bins = np.flatnonzero(group == worst)
     out.where = _where(column, bins)
     name = _in_words(column, bins)
-    out.says = f"where {name}: true less said is {mean[worst]:+.3g}, {mean_before[worst]:+.3g} before ({int(n[worst]):,} rows)"
+    rest = weight * (np.arange(len(n)) != worst)
+    elsewhere = float((rest * moved).sum() / rest.sum())
+    out.says = f"where {name}, truth minus prediction moved by {moved[worst]:+.3g} ({int(n[worst]):,} rows), elsewhere by {elsewhere:+.3g}"
     return out
 
 

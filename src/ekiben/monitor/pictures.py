@@ -79,8 +79,8 @@ def draw_traffic(traffic: Traffic) -> Figure:
 
 
 def _width(parts: Sequence[Any]) -> float:
-    first, last = (datetime.fromisoformat(text) for text in (parts[0].since, parts[0].until))
-    return 0.86 * (last - first).total_seconds() / 86_400
+    first, last = datetime.fromisoformat(parts[0].since), datetime.fromisoformat(parts[-1].until)
+    return 0.86 * (last - first).total_seconds() / len(parts) / 86_400  # moments are told to the second: one part may be rounded
 
 
 def _name_line(ax: Axes, at: Sequence[datetime], values: Sequence[float], text: str, shade: str) -> None:
