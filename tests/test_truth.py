@@ -525,7 +525,7 @@ def test_steps_side_by_side_are_shown_with_cells_trials_and_what_waits(tmp_path:
     screen.cell("explore", "done", 2, 3)
     lines = text_of(screen, 60).splitlines()
     assert lines[0].split() == ["✓", "prepare", "3.1", "s", "cell", "2", "changed"]
-    assert "tune" in lines[1] and "cell 4/9" in lines[1] and "of about 1 min 0 s" in lines[1]
+    assert "tune" in lines[1] and "cell 4/9" in lines[1] and "of about 1 min" in lines[1]
     assert lines[2].strip() == "trial 12, best 0.9283"
     assert "explore" in lines[3] and "cell 3/3" in lines[3]
     assert lines[4].split() == ["·", "evaluate", "waits", "for", "tune,", "explore"]
