@@ -339,6 +339,7 @@ def test_realised_quality_is_scikit_learns() -> None:
     assert accuracy.value == pytest.approx((played.label == played.decision)[known].mean())
     assert r2.value == pytest.approx(r2_score(played.truth[known], played.score[known]))
     assert all(m.low <= m.value <= m.high for m in (auc, accuracy, r2))  # type: ignore[operator]
+    assert all(type(value) is float for m in (auc, accuracy, r2) for value in (m.value, m.low, m.high))  # it is written as JSON
     assert measure_quality(played, np.zeros(len(played.at), dtype=bool), "binary") is None
 
 

@@ -155,9 +155,10 @@ class Director:
             self._try(partial(self._mend, if_due=True))  # what was trained at the first notice knew few rows of the new world
         if alert is None or not may_act:
             return
+        is_feed = move == "repair" and alert.column == self.broken and day == self.plan.feed_day
         if alert.state in ("new", "worse"):
-            self.note("alert", _short(alert), column=alert.column)
-        if move == "repair" and alert.column == self.broken and day == self.plan.feed_day:
+            self.note("alert", _short(alert), column=alert.column if is_feed else "")
+        if is_feed:
             self.figures["feed_named"] = 1
         if move == "retrain" and day - self.last_try > self.plan.label_delay:
             self.last_try = day

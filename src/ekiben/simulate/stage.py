@@ -289,7 +289,7 @@ def choose_stage(
 
 # %% ../../../nbs/library/simulate/stage.ipynb #cf85a966
 def exchange_labels(table: pa.Table, target: str, classes: Sequence[str]) -> pa.Table:
-    """Return the table with every class replaced by the next, or the numbers mirrored at their mean."""
+    """Return the table with every class replaced by the next, or the numbers mirrored within their range."""
     place = table.column_names.index(target)
     old = table[target]
     if classes:
@@ -297,7 +297,8 @@ def exchange_labels(table: pa.Table, target: str, classes: Sequence[str]) -> pa.
         following = {name: classes[(i + 1) % len(classes)] for i, name in enumerate(classes)}
         new: Any = pa.array([None if t is None else following.get(t, t) for t in texts])
     else:
-        new = pc.subtract(2 * pc.mean(old).as_py(), old)
+        ends = pc.min_max(old).as_py()
+        new = pc.subtract(ends["min"] + ends["max"], old)
     return table.set_column(place, target, new)
 
 

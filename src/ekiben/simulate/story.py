@@ -71,7 +71,7 @@ class Happening(Record, frozen=True):
     version : str
         Of the model it is about; empty: of none.
     column : str
-        That the monitor names as moved; empty: none.
+        Whose broken feed an alert names; empty: none.
     """
 
     at: float
@@ -195,7 +195,7 @@ def measure_quality(played: Played, rows: np.ndarray, task: Task, confidence: fl
         return share_measure(name, played.decision[rows] == played.label[rows], confidence=confidence)
     truth, error = played.truth[rows], (played.truth[rows] - played.score[rows]) ** 2
     spread = float(np.var(truth)) or 1.0
-    half = 1.96 * float(np.std(error)) / np.sqrt(n) / spread
+    half = 1.96 * float(np.std(error)) / n**0.5 / spread
     value = 1 - float(np.mean(error)) / spread
     return Measure(name=name, value=value, low=value - half, high=value + half, rows=n)
 
