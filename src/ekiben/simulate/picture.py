@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['version_colors', 'draw_story']
+__all__ = ['LEAST_HEIGHT', 'version_colors', 'draw_story']
 
 # %% ../../../nbs/library/simulate/picture.ipynb #b4906441
 _OTHERS = ("#7a5c3e", "#6fa8dc", "#c2527f")
@@ -44,6 +44,9 @@ _MARKS = {
 }  # fmt: skip
 
 # %% ../../../nbs/library/simulate/picture.ipynb #e0f14513
+LEAST_HEIGHT = 0.05  # of the axis of quality
+
+
 def _quality(ax: Axes, story: Story, colors: dict[str, str]) -> None:
     days = [d for d in story.days if d.quality is not None and np.isfinite(d.quality.value)]
     x = np.array([d.day + 0.5 for d in days])
@@ -52,16 +55,18 @@ def _quality(ax: Axes, story: Story, colors: dict[str, str]) -> None:
     ax.plot(x, value, color=FAINT, linewidth=2.2, zorder=1)
     ax.vlines(x, low, high, colors=shade, linewidth=5, alpha=0.28, zorder=2)
     ax.scatter(x, value, c=shade, s=42, zorder=3, linewidths=0)
-    _steps(ax, story.days, "best", INK, "a model trained on the new world")
+    _steps(ax, story.days, "best", INK, "trained on the new world")
     guesses = [(d.day + 0.5, d.estimated) for d in story.days if d.estimated is not None]
     if guesses:
         ax.plot([at for at, _ in guesses], [m.value for _, m in guesses], color=MUTED, linewidth=1.4, linestyle=(0, (1, 1.6)), zorder=2)
-        _, last = guesses[-1]
-        ax.annotate("estimated without labels", (len(story.days), last.value), xytext=(0, 7), textcoords="offset points", fontsize=8.5,
-                    ha="right", color=MUTED)  # fmt: skip
+        lowest = min(m.value for _, m in guesses[: max(1, len(guesses) // 4)])  # below its beginning, where no other line is named
+        ax.annotate("estimated without labels", (guesses[0][0], lowest), xytext=(0, -13), textcoords="offset points", fontsize=8.5, color=MUTED)
     name = {"auc": "AUC", "r2": "R²"}.get(days[0].quality.name if days and days[0].quality else "", "accuracy")
     ax.set_title(f"Quality of what was answered ({name}, 95 % interval)")
     ax.margins(y=0.12)
+    bottom, top = ax.get_ylim()
+    if top - bottom < LEAST_HEIGHT:  # a thousandth is no drama
+        ax.set_ylim((bottom + top - LEAST_HEIGHT) / 2, (bottom + top + LEAST_HEIGHT) / 2)
 
 
 def _main(day: int, story: Story) -> str:
@@ -78,8 +83,8 @@ def _steps(ax: Axes, days: Sequence[DayStory], field: str, color: str, label: st
     known = [(d.day, getattr(d, field)) for d in days if getattr(d, field) is not None]
     if known:
         ax.hlines([v for _, v in known], [d for d, _ in known], [d + 1 for d, _ in known], color=color, linewidth=1.1, linestyle=(0, (4, 3)))
-        at, value = known[-1]
-        ax.annotate(label, (at + 1, value), xytext=(0, 5), textcoords="offset points", fontsize=8.5, ha="right", color=color)
+        at, value = known[0]  # where the champion is no rival yet
+        ax.annotate(label, (at, value), xytext=(3, -12), textcoords="offset points", fontsize=8.5, color=color)
 
 # %% ../../../nbs/library/simulate/picture.ipynb #399de480
 def _served(ax: Axes, story: Story, colors: dict[str, str]) -> None:
