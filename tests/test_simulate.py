@@ -452,3 +452,36 @@ def test_a_short_month_goes_as_declared(tmp_path: Path) -> None:
     assert story.is_as_declared and story.figures["failed"] == 0 and len(story.days) == 8
     assert {"first", "retrained", "bad"} <= set(story.roles.values())
     assert (path.parent / "story.html").is_file() and (path.parent / "story.png").is_file()
+
+
+@pytest.mark.slow
+def test_a_simulation_that_is_told_to_end_leaves_no_process(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-c", "import sys; from ekiben.cli import main; sys.exit(main())", "simulate", "--days", "3", "--day-s", "20",
+        "--rate", "50", "--folder", str(tmp_path / "made"), "--reports", str(tmp_path / "reports"),
+    ]  # fmt: skip
+    with open(tmp_path / "said.txt", "wb") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said, cwd=tmp_path)
+        while "day 0" not in (tmp_path / "said.txt").read_text():
+            assert process.poll() is None, (tmp_path / "said.txt").read_text()
+            time.sleep(0.2)
+        assert processes_about(tmp_path)
+        process.terminate()
+        assert process.wait(60) == 130
+    end = time.monotonic() + 30
+    while left := processes_about(tmp_path):
+        assert time.monotonic() < end, left
+        time.sleep(0.2)
+
+
+def processes_about(folder: Path) -> list[str]:
+    """Return the command lines of other processes that name a folder."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (place / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+        except OSError:
+            continue
+        if str(folder) in line and place.name != str(os.getpid()):
+            found.append(line)
+    return found

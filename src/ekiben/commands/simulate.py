@@ -5,6 +5,10 @@
 # %% ../../../nbs/library/commands/simulate.ipynb #638ceb5a
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -74,7 +78,8 @@ def simulate(
         raise UsageError("--data needs --time COL and --target COL")
     stage = choose_stage(plan, data=data, time=time, target=target, sensitive=sensitive or (), root=root_of(project) if here else None)
     checks = ("ledger", "traced", "reproduced") if prove else ()
-    story, page = simulate_(plan, stage, reports or _reports(project), folder=folder, checks=checks, say=_quiet if json else typer.echo)
+    with _ended_in_order():
+        story, page = simulate_(plan, stage, reports or _reports(project), folder=folder, checks=checks, say=_quiet if json else typer.echo)
     if json:
         typer.echo(story.to_json().decode())
     else:
@@ -94,3 +99,20 @@ def _reports(project: Path | None) -> Path:
 
 def _quiet(said: str) -> None:
     pass
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Let SIGTERM stop what a simulation started, as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

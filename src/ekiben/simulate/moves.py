@@ -15,7 +15,7 @@ from ..rollout.place import Outcome
 from .operator import Operator
 
 # %% auto #0
-__all__ = ['FEED', 'WORLD', 'CHRONIC', 'Move', 'look', 'decide', 'distances', 'retrain', 'roll_out']
+__all__ = ['FEED', 'WORLD', 'CHRONIC', 'Move', 'look', 'breaks', 'decide', 'distances', 'retrain', 'roll_out']
 
 # %% ../../../nbs/library/simulate/moves.ipynb #51109972
 def look(operator: Operator, since: str, until: str) -> MonitorReport:
@@ -45,6 +45,11 @@ CHRONIC = ("fairness", "traffic")
 Move = Literal["nothing", "repair", "wait", "retrain"]
 
 
+def breaks(alert: Alert) -> bool:
+    """Return whether a feed broke: said for the first time, or worse than before; what only stands is being mended, or the model has learnt from it."""
+    return alert.kind in FEED and alert.state in ("new", "worse")
+
+
 def decide(alerts: Sequence[Alert], *, moved_before: bool = False, fed_badly: bool = False) -> tuple[Move, Alert | None]:
     """Return what alerts ask for, and the one that says so.
 
@@ -57,7 +62,7 @@ def decide(alerts: Sequence[Alert], *, moved_before: bool = False, fed_badly: bo
         Whether a feed was broken when the rows were answered whose labels come now.
     """
     standing = [a for a in alerts if a.state != "resolved"]
-    feed = next((a for a in standing if a.kind in FEED), None)
+    feed = next((a for a in standing if breaks(a)), None)
     world = next((a for kind in WORLD for a in standing if a.kind == kind), None)
     moved = next((a for a in standing if a.kind == "drift"), None)
     if feed is not None:

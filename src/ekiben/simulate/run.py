@@ -25,7 +25,7 @@ from .client import Callers, Orders
 from .played import Played
 from .clock import Clock, iso
 from .declared import expect
-from .moves import CHRONIC, FEED, decide, distances, look, retrain, roll_out
+from .moves import CHRONIC, breaks, decide, distances, look, retrain, roll_out
 from .operator import Operator
 from .page import write_page
 from .plan import Plan
@@ -143,7 +143,7 @@ class Director:
     def _look(self, day: int, *, may_act: bool = True) -> None:
         report = look(self.operator, *self.clock.span(day, day))
         self.reports[day] = report
-        if any(a.kind in FEED for a in report.alerts):
+        if any(map(breaks, report.alerts)):
             self.fed_badly_until = day + self.plan.label_delay + 1
         move, alert = decide(report.alerts, moved_before=self.moved_before, fed_badly=day <= self.fed_badly_until)
         for one in report.alerts:
