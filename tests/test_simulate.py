@@ -178,6 +178,10 @@ def test_a_table_that_cannot_be_cut_into_days_is_refused(table: dict[str, list[A
         cut_table(pa.table(table), "when", 5, history=0.25)
 
 
+def test_mirrored_numbers_stay_within_their_range() -> None:
+    assert exchange_labels(pa.table({"y": [0, 1, 1, 10]}), "y", ())["y"].to_pylist() == [10, 9, 9, 0]
+
+
 @given(st.lists(st.sampled_from(["a", "b", "c", None])))
 def test_exchanging_labels_as_often_as_there_are_classes_changes_nothing(labels: list[str | None]) -> None:
     table = pa.table({"y": pa.array(labels, pa.string())})
@@ -485,3 +489,14 @@ def processes_about(folder: Path) -> list[str]:
         if str(folder) in line and place.name != str(os.getpid()):
             found.append(line)
     return found
+
+
+def test_the_alert_that_names_the_broken_feed_is_shown_and_no_other() -> None:
+    def told(says: str, column: str = "") -> Happening:
+        return Happening(at=7.0, when="", kind="alert", says=says, column=column)
+
+    plan = Plan(feed_day=6)
+    (found,) = [e for e in expect(plan, {"feed_named": 1.0}, [told("fairness"), told("income is missing", "income")]) if "feed" in e.name]
+    assert found.is_met and found.says == "income is missing"
+    (missed,) = [e for e in expect(plan, {}, [told("fairness")]) if "feed" in e.name]
+    assert not missed.is_met

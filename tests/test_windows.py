@@ -268,7 +268,7 @@ def test_a_column_that_had_moved_when_the_model_was_evaluated_is_named_as_such(t
     assert "`age` already differ" in ref._repr_markdown_() and Reference.from_json(ref.to_json()) == ref
     c = draw(2_000, 3).with_columns(age=np.full(2_000, 90.0), job=("category", np.full(2_000, "smith", dtype=object)))
     found = {d.column: d for d in compare_window(profile, count_columns(profile, c), reference=ref) if d.is_drifting}
-    assert found["age"].says.endswith("so it was in the held-out rows") and "held-out" not in found["job"].says
+    assert found["age"].says.endswith("it had moved in the held-out rows, too") and "held-out" not in found["job"].says
 
 
 def test_no_part_of_fewer_rows_than_twenty_is_told() -> None:

@@ -3006,7 +3006,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'ekiben.rollout.control._beside': ( 'library/rollout/control.html#_beside',
                                                                             'ekiben/rollout/control.py'),
                                         'ekiben.rollout.control._fill': ('library/rollout/control.html#_fill', 'ekiben/rollout/control.py'),
-                                        'ekiben.rollout.control._keys': ('library/rollout/control.html#_keys', 'ekiben/rollout/control.py'),
                                         'ekiben.rollout.control._put_at_once': ( 'library/rollout/control.html#_put_at_once',
                                                                                  'ekiben/rollout/control.py'),
                                         'ekiben.rollout.control._serves_already': ( 'library/rollout/control.html#_serves_already',

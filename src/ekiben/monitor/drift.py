@@ -140,7 +140,7 @@ def compare_window(
         tests = [t._replace(p_value=corrected.get((column.name, t.name), 1.0)) for t in found[column.name]]
         out.append(_describe(column, tests, counted, window, alpha, floor))
     known = set(reference.moved) if reference else set()
-    out = [replace(d, says=f"{d.says}; so it was in the held-out rows") if d.is_drifting and d.column in known else d for d in out]
+    out = [replace(d, says=f"{d.says}; it had moved in the held-out rows, too") if d.is_drifting and d.column in known else d for d in out]
     return sorted(out, key=lambda d: (not d.is_drifting, d.p_value, -d.size))
 
 

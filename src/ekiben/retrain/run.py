@@ -200,7 +200,6 @@ class Retraining:
             decision, reasons = "rejected", [f"these rows made version {version} again, which was taken out of service: {why}"]
         return facts | {"decision": decision, "reasons": [*reasons, *watched(run.gates)], "version": version, "comparison": comparison}
 
-
     def _taken_back(self, version: str) -> str:
         """Return why a rollback took a version out of service; empty when none did."""
         from ekiben.registry import TAKEN_BACK

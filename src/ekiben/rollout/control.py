@@ -32,8 +32,6 @@ from .promote import trust_and_signer
 from .steps import Controller
 from ..serving.bundle import Bundle, load_bundle
 from ..serving.hosting.deployment import Arm, Deployment, GuardLimits, now
-from ..serving.security.signer import Signer
-from ..serving.security.trust import Trust
 
 if TYPE_CHECKING:
     from ekiben.sections import DeploySection
@@ -69,7 +67,7 @@ class _Site:
         self.folder = environment_folder(root, to)
         self.settings: Settings = load_settings(root)
         self.name = self.settings.pipeline.name
-        self.trust, self.signer = _keys(root, say)
+        self.trust, self.signer = trust_and_signer(root, say)
         self.registry = registry or registry_of(root)
 
     def account(self, what: str, *, why: str = "", **facts: Any) -> None:
@@ -101,10 +99,6 @@ class _Site:
     @property
     def is_served(self) -> bool:
         return is_alive(look(self.folder))
-
-
-def _keys(root: Path, say: Callable[[str], None]) -> tuple[Trust, Signer]:
-    return trust_and_signer(root, say)
 
 # %% ../../../nbs/library/rollout/control.ipynb #789b6daf
 def roll_out(
