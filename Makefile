@@ -14,7 +14,7 @@ pytest = python -m pytest -q -n 2 --dist loadfile -m "$(1)" || \
 	{ [ $$? = 1 ] && python -m pytest -q --last-failed --last-failed-no-failures none -m "$(1)"; }
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test slow faults image check sync lab bench clean
+.PHONY: help install run test slow fuzz faults image check sync lab bench clean
 
 help:  ## list the actions
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -38,6 +38,9 @@ test: $(STAMP)  ## run the library notebooks' own cells, then pytest
 
 slow: $(STAMP)  ## run the slow tests: whole projects on real tables
 	$(call pytest,slow)
+
+fuzz: $(STAMP)  ## try the properties on examples that are drawn anew, other ones each time
+	python -m pytest -q -n 2 --hypothesis-profile other -m "not faults and not image" $$(grep -l "from hypothesis" tests/test_*.py)
 
 faults: $(STAMP)  ## run the fault suite: kernels, runners and disks that fail, half an hour and more
 	python -m pytest -q -m faults

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
@@ -17,6 +18,12 @@ KEYS = tempfile.TemporaryDirectory(prefix="ekiben-keys-")
 os.environ["EKIBEN_CONFIG"] = KEYS.name
 for variable in ("EKIBEN_SIGNING_KEY", "EKIBEN_TRUSTED_KEYS"):
     os.environ.pop(variable, None)
+
+
+# The same examples every time, so that a change is what makes a test fail; `make fuzz` draws others.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("other", derandomize=False, print_blob=True)
+settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,7 @@ from ekiben.serving.hosting.referee import Moments, judge_errors, judge_latency,
 from ekiben.serving.hosting.routing import place_of
 from ekiben.serving.journal.seal import seal_journal
 from ekiben.serving.journal.sealed import open_journal, sealed_files
+from ekiben.serving.scoring.compiled import Lane
 from ekiben.serving.security.signer import sign_folder, signing_key
 from ekiben.serving.hosting.standing import EVENTS, STATUS
 from ekiben.serving.http.state import State
@@ -404,14 +405,9 @@ def test_a_challenger_that_raises_loses_no_request_and_is_dropped(place, monkeyp
 def test_an_answer_that_is_no_number_is_an_error(place, monkeypatch):
     place.deploy("3", "4", share=1.0)
     state = place.open(journal=False)
-    score = state.split.challenger.scorer.score_rows
-
-    def odd(rows: Any) -> Any:
-        answers = score(rows)
-        answers[0].probability = float("nan")
-        return answers
-
-    monkeypatch.setattr(state.split.challenger.scorer, "score_rows", odd)
+    scorer = state.split.challenger.scorer
+    monkeypatch.setattr(scorer, "lane", Lane(lambda row: float("nan"), is_compiled=False))
+    monkeypatch.setattr(scorer.engine, "predict", lambda X, threads: np.full(len(X), np.nan))
     assert versions(ask(state, range(3))) == ["3"] * 3 and state.hosting.status().arms["4"].errors == 3
 
 

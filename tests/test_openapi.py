@@ -124,8 +124,10 @@ def ask_as_described(operation: Any, mode: Any, examples: int) -> None:
     def run(case: Any) -> None:
         if mode.is_positive and "Idempotency-Key" in (case.headers or {}):
             case.headers["Idempotency-Key"] = str(uuid.uuid4())  # one that came before is for the same body only
-        # A table has no JSON Schema that could say which bytes are one.
-        case.call_and_validate(excluded_checks=ACCEPTANCE if case.media_type in TABLES else [])
+        answer = case.call()
+        # No JSON Schema could say which bytes are a table, nor which numbers are too large for a model.
+        is_beyond = case.media_type in TABLES or (answer.status_code == 422 and "no finite answer" in answer.text)
+        case.validate_response(answer, excluded_checks=ACCEPTANCE if is_beyond else [])
 
     run()
 

@@ -76,8 +76,6 @@ class Shadow:
         began = time.thread_time()
         try:
             answers = self.challenger.scorer.score_rows(rows)
-            if not self.tally.is_sane(answers):
-                raise ArithmeticError("an answer is not a finite number")
         except Exception:
             self._log()
             self.challenger.count.errors += 1
@@ -161,11 +159,11 @@ class Split:
         return self.challenger if place < self.share else self.champion
 
     def ask(
-        self, headers: Mapping[bytes, bytes], row: Mapping[str, Any], raw: bytes, score: Callable[[Hosted], T], is_sane: Callable[[T], bool]
+        self, headers: Mapping[bytes, bytes], row: Mapping[str, Any], raw: bytes, score: Callable[[Hosted], T]
     ) -> tuple[Hosted, T, float]:
         """Return who answers a request, what it says, and the seconds that it took.
 
-        What the challenger cannot score, or answers with what is no number, the champion answers.
+        What the challenger cannot score the champion answers.
 
         Parameters
         ----------
@@ -173,17 +171,13 @@ class Split:
             See `choose`.
         score : callable
             Asks an arm; raises `Problem` when the caller is to blame.
-        is_sane : callable
-            Whether what it said is finite.
         """
         asked, failure = self.choose(headers, row, raw), None
         began = time.perf_counter()
         if asked is not self.champion:
             try:
                 said = score(asked)
-                if is_sane(said):
-                    return asked, said, time.perf_counter() - began
-                raise ArithmeticError("an answer is not a finite number")
+                return asked, said, time.perf_counter() - began
             except Exception as exc:  # whatever it is, the request is not lost
                 failure = exc
             began = time.perf_counter()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from math import isfinite, nan, sqrt
+from math import nan, sqrt
 from statistics import median
 from typing import Any
 
@@ -89,12 +89,6 @@ class Tally:
             "regression": lambda answer: answer.value,
             "multiclass": lambda answer: tuple(answer.probabilities.values()),
         }[info.task]
-
-    def is_sane(self, answers: Sequence[Any]) -> bool:
-        """Return whether every answer is a finite number, or several."""
-        if self.info.task == "multiclass":
-            return all(isfinite(p) for answer in answers for p in answer.probabilities.values())
-        return all(isfinite(self.said_of(answer)) for answer in answers)
 
     def answered(self, side: int, answers: Sequence[Any], seconds: float | None) -> str:
         """Count a request that an arm scored; return why the challenger is to go, empty: it stays.

@@ -139,7 +139,7 @@ class Handlers:
 
     def _predict_split(self, split: Split, raw: bytes, headers: Mapping[bytes, bytes]) -> Done:
         rows = self._rows(split.champion.scorer, raw)
-        arm, answers, seconds = split.ask(headers, rows[0], raw, lambda arm: _score(arm, rows), split.tally.is_sane)
+        arm, answers, seconds = split.ask(headers, rows[0], raw, lambda arm: _score(arm, rows))
         return self._answer(arm, rows, answers, lambda: split.answered(arm, answers, seconds, rows))
 
     def _answer(self, arm: Hosted, rows: list[dict[str, Any]], answers: list[Answer], more: Callable[[], None] | None = None) -> Done:
@@ -166,14 +166,15 @@ class Handlers:
 
         def score(arm: Hosted) -> tuple[Table, np.ndarray, np.ndarray]:
             own = asked if arm is champion else self._read(arm, raw, media, headers)
-            return own, *arm.scorer.score_columns(own.columns)
+            try:
+                return own, *arm.scorer.score_columns(own.columns)
+            except RowError as exc:
+                raise problem_of(exc) from None
 
         if split is None:
             arm, seconds, (own, prediction, decision) = champion, 0.0, score(champion)
         else:
-            arm, (own, prediction, decision), seconds = split.ask(
-                headers, asked.first(), raw, score, lambda scored: bool(np.isfinite(scored[1]).all())
-            )
+            arm, (own, prediction, decision), seconds = split.ask(headers, asked.first(), raw, score)
         ids, ticket, told, is_own = new_ids(own.columns.n), 0, self.state.telemetry, arm is self.state.arm
         rows = own.to_rows() if arm.journal.is_kept or split is not None else []
         answers = arm.scorer.to_answers(prediction, decision) if rows else []

@@ -133,7 +133,7 @@ def describe_service(scorer: Scorer) -> dict[str, Any]:
         "info": {
             "title": info.name,
             "version": info.lineage.version or "0",
-            "description": f"Predicts `{info.target}` ({info.task}). Columns of the training table that are no inputs are ignored.",
+            "description": f"Predicts `{info.target}` ({info.task}). Columns of the training table that are no inputs are ignored; a row for which the model has no finite answer is refused.",
         },
         "servers": [{"url": "/"}],
         "paths": _paths(scorer),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from math import isfinite
 from typing import Any
 
 import msgspec
@@ -23,7 +24,7 @@ from .symbols import Untraceable
 from .writer import Table
 
 # %% auto #0
-__all__ = ['FEW', 'Answer', 'Explanation', 'request_schema', 'Scorer', 'make_examples', 'self_test']
+__all__ = ['LARGEST', 'FEW', 'Answer', 'Explanation', 'require_finite', 'request_schema', 'Scorer', 'make_examples', 'self_test']
 
 # %% ../../../../nbs/library/serving/scoring/scorer.ipynb #a0b713af
 class Answer(msgspec.Struct, omit_defaults=True):
@@ -64,6 +65,41 @@ class Explanation(msgspec.Struct, omit_defaults=True):
     probability: float | None = None
     probabilities: dict[str, float] | None = None
     value: float | None = None
+
+# %% ../../../../nbs/library/serving/scoring/scorer.ipynb #c052476e
+LARGEST = float(np.finfo(np.float32).max)
+
+
+def require_finite(said: np.ndarray, X: np.ndarray, names: Sequence[str]) -> None:
+    """Refuse the rows for which a model says no finite number.
+
+    Parameters
+    ----------
+    said : (n,) or (n, m) float64
+    X : (n, k) float64
+        What it was asked.
+    names : sequence of str
+        Of the k features.
+
+    Raises
+    ------
+    RowError
+        With the rows (at most 20 of them), and the features that are larger there than any float32, or infinite.
+    """
+    is_wrong = ~np.isfinite(said)
+    wrong = np.flatnonzero(is_wrong.any(axis=1) if said.ndim == 2 else is_wrong).tolist()
+    if not wrong:
+        return
+    errors: list[dict[str, Any]] = []
+    for i in wrong[:20]:
+        features = [f"`{names[k]}`" for k in np.flatnonzero(np.abs(X[i]) > LARGEST).tolist()]
+        large = ", ".join(features)
+        got = f"too large a number in {large}" if large else "numbers whose answer is not finite"
+        why = f"since {large} {'is' if len(features) == 1 else 'are'} too large there" if large else "though its numbers are of a usual size"
+        message = f"row {i}: the model has no finite answer, {why}"
+        errors.append({"row": i, "column": "", "got": got, "allowed": "numbers that the model can sum", "message": message})
+    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    raise RowError(errors[0]["message"] + more, errors=errors, row=wrong[0])
 
 # %% ../../../../nbs/library/serving/scoring/scorer.ipynb #30bf66f0
 def request_schema(schema: Schema, group_by: str) -> Schema:
@@ -122,8 +158,19 @@ class Scorer:
         -------
         prediction : (n,) or (n, classes) float64
         decision : (n,) int64 class index, or float64 for regression
+
+        Raises
+        ------
+        RowError
+            When the answer for a row is no finite number.
         """
-        prediction = self.engine.predict(self.to_matrix(columns), threads)
+        X = self.to_matrix(columns)
+        try:
+            prediction = self.engine.predict(X, threads)
+        except Exception:  # an estimator may refuse numbers, most do what is no float32
+            require_finite(np.where(np.abs(X) > LARGEST, np.inf, 0.0), X, self.bundle.preprocessor.names)
+            raise
+        require_finite(prediction, X, self.bundle.preprocessor.names)
         return prediction, self.decide(prediction, columns)
 
     @cached_property
@@ -161,13 +208,24 @@ class Scorer:
         RowError
             When the row is not as the schema says.
         """
-        prediction, info = self.lane.predict(row), self.info
+        prediction, info = self._predict_finite(row), self.info
         if info.task == "binary":
             return Answer(label=info.classes[prediction >= self._limit(row)], probability=prediction)
         if info.task == "regression":
             return Answer(value=prediction)
         probabilities = dict(zip(info.classes, prediction, strict=True))
         return Answer(label=info.classes[prediction.index(max(prediction))], probabilities=probabilities)
+
+    def _predict_finite(self, row: Mapping[str, Any]) -> Any:
+        try:
+            prediction = self.lane.predict(row)
+            if isfinite(sum(prediction) if self.info.task == "multiclass" else prediction):
+                return prediction
+        except RowError:
+            raise
+        except Exception:  # the general way knows whether it is for the row
+            pass
+        return self.score_columns(self.reader.read([row]))[0][0].tolist()
 
     @cached_property
     def _limit(self) -> Callable[[Mapping[str, Any]], float]:
@@ -242,16 +300,14 @@ class Scorer:
         if not self.explains:
             raise ServiceError(self.why_not)
         if len(rows) == 1:
-            answer, X = self.score_row(rows[0]), self._encode_row(rows[0])
-            return [self._explain(ids[0], answer, self.engine.contributions(X)[0], self.engine.margin(X)[0])]
-        columns = self.reader.read(rows)
-        X = self.to_matrix(columns)
-        prediction = self.engine.predict(X)
-        answers = self.to_answers(prediction, self.decide(prediction, columns))
+            answers, X = [self.score_row(rows[0])], self._encode_row(rows[0])
+        else:
+            columns = self.reader.read(rows)
+            X, answers = self.to_matrix(columns), self.to_answers(*self.score_columns(columns))
         terms, margins = self.engine.contributions(X), self.engine.margin(X)
-        return [
-            self._explain(id_, answer, terms[i], margins[i]) for i, (id_, answer) in enumerate(zip(ids, answers, strict=True))
-        ]
+        for told in (margins, terms.reshape(len(X), -1)):
+            require_finite(told, X, self.bundle.preprocessor.names)
+        return [self._explain(id_, *told) for id_, *told in zip(ids, answers, terms, margins, strict=True)]
 
     def _encode_row(self, row: Mapping[str, Any]) -> np.ndarray:
         """Return the (1, k) matrix of a row that was scored."""
