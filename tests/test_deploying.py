@@ -20,7 +20,8 @@ from bundles import make_columns, make_project
 from tiny import empty_tracking_store
 
 from ekiben import ledger
-from ekiben.package import Comparison, release
+from ekiben.challenge import Comparison
+from ekiben.package import release
 from ekiben.registry import Registry
 from ekiben.rollout.place import current, environment_folder, look
 from ekiben.serving.bundle import Lineage

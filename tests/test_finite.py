@@ -20,7 +20,8 @@ from ekiben.models import SklearnModel
 from ekiben.serving.bundle import write_bundle
 from ekiben.serving.http.app import ServiceApp
 from ekiben.serving.http.state import State
-from ekiben.serving.scoring.scorer import Scorer, require_finite
+from ekiben.serving.scoring.answers import require_finite
+from ekiben.serving.scoring.scorer import Scorer
 
 GOOD = {"age": 30, "income": 1000.0, "job": "clerk", "place": "Lyon", "member": True, "since": "2020-01-01"}
 HUGE = {**GOOD, "income": 1e150}  # no float32

@@ -109,7 +109,7 @@ def test_a_table_gets_the_bits_that_its_rows_get(tmp_path, kind, task):
 
 def read_back(kind: str, raw: bytes, scorer: Scorer) -> list[Any]:
     """Return answers from the bytes that a client gets, as the scorer's own."""
-    from ekiben.serving.scoring.scorer import Answer
+    from ekiben.serving.scoring.answers import Answer
 
     if kind == media.JSON:
         said = msgspec.json.decode(raw)

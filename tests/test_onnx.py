@@ -22,7 +22,7 @@ from ekiben.fitting import fit_lightgbm, fit_linear, fit_sklearn
 from ekiben.models import SklearnModel
 from ekiben.package import describe_bundle, make_bundle
 from ekiben.records import Policy
-from ekiben.registry import requirements_of
+from ekiben.pyfunc import requirements_of
 from ekiben.runtimes import Choice, choose_runtime
 from ekiben.serving.bundle import Bundle, Limits, Lineage
 from ekiben.serving.scoring.onnx import OnnxEngine

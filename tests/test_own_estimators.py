@@ -24,7 +24,7 @@ from ekiben.models import SklearnModel, load_model
 from ekiben.package import make_bundle
 from ekiben.portable import collect_code, load_code
 from ekiben.records import Policy
-from ekiben.registry import requirements_of
+from ekiben.pyfunc import requirements_of
 from ekiben.runtimes import candidate_models
 from ekiben.scoring import score_file
 from ekiben.serving.bundle import Bundle, Limits, Lineage, load_bundle

@@ -11,11 +11,9 @@ import pytest
 from bundles import PREPARE, make_columns, make_package, make_project, make_target
 
 
+from ekiben.challenge import Comparison, compare_bundles, compare_predictions
 from ekiben.errors import GateError, IntegrityError, ServiceError
 from ekiben.package import (
-    Comparison,
-    compare_bundles,
-    compare_predictions,
     make_bundle,
     release,
     require_gates,

@@ -12,7 +12,8 @@ import pytest
 from bundles import make_columns, make_project
 
 from ekiben.errors import RegistryError
-from ekiben.registry import Registry, requirements_of
+from ekiben.pyfunc import requirements_of
+from ekiben.registry import Registry
 from ekiben.serving.bundle import load_bundle
 
 

@@ -528,7 +528,8 @@ def test_fairness_is_judged_on_the_challenger_s_own_answers_joined_with_the_rest
 
 
 def test_a_version_that_was_taken_back_gets_no_alias_from_packaging_until_somebody_promotes_it(site: Site) -> None:
-    from ekiben.package import Comparison, earn_alias
+    from ekiben.challenge import Comparison
+    from ekiben.package import earn_alias
 
     site.service.faults = 0.2
     site.deploy()

@@ -26,7 +26,8 @@ from ekiben.serving.signals.drifting import Window, psi, psi_noise
 from ekiben.serving.signals.examiner import LONGEST, SAMPLE, Examiner
 from ekiben.serving.security.integrity import seal_folder
 from ekiben.serving.options import ServiceOptions
-from ekiben.serving.scoring.scorer import Answer, Scorer
+from ekiben.serving.scoring.answers import Answer
+from ekiben.serving.scoring.scorer import Scorer
 from ekiben.serving.http.state import State
 from ekiben.serving.signals.telemetry import FIGURES, MEDIA_TYPE, Telemetry
 

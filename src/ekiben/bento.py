@@ -23,7 +23,7 @@ import msgspec
 from .image.containerfile import CONTAINERFILE, pin_requirements, write_containerfile
 from .errors import EkibenError, ServiceError
 from .records import Record
-from .registry import copy_framework, requirements_of
+from .pyfunc import copy_framework, requirements_of
 from .reports import write_page
 from .runs import Layout, StepResult
 from .serving.bundle import Bundle

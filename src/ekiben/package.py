@@ -15,14 +15,14 @@ import numpy as np
 
 from .accounted import account_key, account_release
 from .bento import build_bento
+from .challenge import Comparison
 from .columns import Columns
 from .encoding import Preprocessor
-from .errors import DataError, GateError, IntegrityError
+from .errors import GateError, IntegrityError
 from .gates import is_pending
 from .profile import Profile
-from .records import Judgement, Policy, Record, Schema, Task
+from .records import Judgement, Policy, Record, Schema
 from .registry import TAKEN_BACK, Registry, Version
-from .resampling import Bootstrap, auc_influence, percentiles
 from .serving.bundle import Bundle, Lineage, Limits, load_bundle, stamp_bundle, write_bundle
 from .portable import collect_code
 from .serving.served import Served
@@ -32,8 +32,7 @@ from .serving.security.signing import verify_folder
 from .serving.security.trust import trusted_keys
 
 # %% auto #0
-__all__ = ['Promote', 'require_gates', 'make_bundle', 'sign_card', 'describe_bundle', 'Comparison', 'compare_predictions',
-           'compare_bundles', 'earn_alias', 'Packaged', 'release']
+__all__ = ['Promote', 'require_gates', 'make_bundle', 'sign_card', 'describe_bundle', 'earn_alias', 'Packaged', 'release']
 
 # %% ../../nbs/library/package.ipynb #f471fa25
 def require_gates(
@@ -151,101 +150,6 @@ def describe_bundle(bundle: Bundle) -> dict[str, str]:
     own = ("bundle.json", "card.md", "runtimes.json")
     files = {name: hashlib.sha256(raw).hexdigest() for name, raw in sorted(bundle.files.items()) if name not in own}
     return {"digest": bundle.digest, **files}
-
-# %% ../../nbs/library/package.ipynb #76bced7e
-class Comparison(Record, frozen=True):
-    """The newcomer against the champion on the same rows.
-
-    Attributes
-    ----------
-    metric : str
-        ``auc``, ``log_loss`` or ``rmse``.
-    champion, newcomer : float or None
-    gain : float or None
-        Positive when the newcomer is better, in the metric's unit.
-    low, high : float or None
-        The gain's 95 % interval.
-    rows : int
-    note : str
-        Why there was nothing to compare, if so.
-    """
-
-    metric: str = ""
-    champion: float | None = None
-    newcomer: float | None = None
-    gain: float | None = None
-    low: float | None = None
-    high: float | None = None
-    rows: int = 0
-    note: str = ""
-
-    @property
-    def is_better(self) -> bool:
-        """Whether the whole interval lies above 0."""
-        return self.low is not None and self.low > 0
-
-    def _repr_markdown_(self) -> str:
-        if self.gain is None:
-            return self.note or "There is no champion to compare with."
-        return "\n".join(
-            [
-                f"| {self.metric} on {self.rows:,} rows | champion | newcomer | gain | 95 % interval | |",
-                "|---|---|---|---|---|---|",
-                f"| | {self.champion:.5f} | {self.newcomer:.5f} | {self.gain:+.5f} | {self.low:+.5f} … {self.high:+.5f} "
-                f"| {'**better**' if self.is_better else 'not shown to be better'} |",
-            ]
-        )
-
-# %% ../../nbs/library/package.ipynb #6be77811
-def compare_predictions(
-    task: Task, y: np.ndarray, champion: np.ndarray, newcomer: np.ndarray, *, seed: int = 0
-) -> Comparison:
-    """Compare two predictions of the same rows by a paired bootstrap.
-
-    Parameters
-    ----------
-    y : (n,) int64 class index, or float64
-    champion, newcomer : (n,) or (n, classes) float64
-
-    Notes
-    -----
-    Binary: the AUC, whose resampled difference is taken from the rows' influences (DeLong). Multiclass: the log loss.
-    Regression: the root of the mean squared error.
-    """
-    boot = Bootstrap(len(y), seed=seed)
-    if task == "binary":
-        (old, old_terms), (new, new_terms) = auc_influence(y, champion), auc_influence(y, newcomer)
-        boot.add(new_terms - old_terms)
-        draws = (new - old) + boot.means()[1:, 0]
-        metric, gain = "auc", new - old
-    elif task == "multiclass":
-        terms = [-np.log(np.clip(p[np.arange(len(y)), y], 1e-15, 1)) for p in (champion, newcomer)]
-        boot.add(*terms)
-        means = boot.means()
-        old, new = means[0].tolist()
-        metric, gain, draws = "log_loss", old - new, means[1:, 0] - means[1:, 1]
-    else:
-        boot.add((champion - y) ** 2, (newcomer - y) ** 2)
-        roots = np.sqrt(boot.means())
-        old, new = roots[0].tolist()
-        metric, gain, draws = "rmse", old - new, roots[1:, 0] - roots[1:, 1]
-    low, high = percentiles(draws)
-    return Comparison(
-        metric=metric, champion=float(old), newcomer=float(new), gain=float(gain), low=low, high=high, rows=len(y)
-    )
-
-# %% ../../nbs/library/package.ipynb #7381ef47
-def compare_bundles(
-    champion: Bundle, newcomer: Bundle, columns: Columns, y: np.ndarray, *, seed: int = 0
-) -> Comparison:
-    """Score the same held-out rows with both bundles and compare; say why when they cannot be compared."""
-    if champion.info.task != newcomer.info.task or champion.info.classes != newcomer.info.classes:
-        return Comparison(note="The champion predicts something else (another task, or other classes): not comparable.")
-    try:
-        old = Scorer(champion).score_columns(columns)[0]
-    except DataError as exc:
-        return Comparison(note=f"The champion cannot score these rows: {exc}.")
-    return compare_predictions(newcomer.info.task, y, old, Scorer(newcomer).score_columns(columns)[0], seed=seed)
 
 # %% ../../nbs/library/package.ipynb #615514e8
 Promote = Literal["if_better", "always", "never"]

@@ -18,14 +18,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import RegistryError, UsageError
+from .errors import RegistryError
 from .records import Record
 from .runs import resolve_uri
 from .serving.bundle import Bundle, load_bundle
-from .portable import collect_modules
+from .pyfunc import SCRIPT, copy_framework, requirements_of
 
 # %% auto #0
-__all__ = ['TAKEN_BACK', 'SCRIPT', 'Version', 'copy_framework', 'requirements_of', 'Registry']
+__all__ = ['TAKEN_BACK', 'Version', 'Registry']
 
 # %% ../../nbs/library/registry.ipynb #9b9e84aa
 TAKEN_BACK = "ekiben.taken_back"  # tag of a version that a rollback took out of service; says why
@@ -59,89 +59,6 @@ class Version(Record, frozen=True):
     def uri(self) -> str:
         """``models:/name/version``, as MLflow takes it."""
         return f"models:/{self.name}/{self.version}"
-
-# %% ../../nbs/library/registry.ipynb #d5a87247
-SCRIPT = '''"""A registered ekiben model, as MLflow runs it: opens the bundle beside it and scores DataFrames."""
-
-import warnings
-
-import mlflow
-import pandas as pd
-
-from ekiben.columns import Columns
-from ekiben.serving.bundle import load_bundle
-from ekiben.serving.scoring.scorer import Scorer
-
-
-warnings.filterwarnings("ignore", message=".*Add type hints.*")
-
-
-class BundleModel(mlflow.pyfunc.PythonModel):
-    """Predicts like the service: the label, and the probability or value behind it."""
-
-    def load_context(self, context):
-        """Open and check the bundle."""
-        self.scorer = Scorer(load_bundle(context.artifacts["bundle"]))
-
-    def predict(self, context, model_input, params=None):
-        """Return a frame of answers, one row for each row of the DataFrame."""
-        inputs = self.scorer.request_schema.inputs
-        frame = pd.DataFrame(model_input)
-        known = [f.name for f in inputs if f.name in frame.columns]
-        columns = Columns.from_pandas(frame[known], self.scorer.request_schema)
-        prediction, decision = self.scorer.score_columns(columns)
-        info = self.scorer.info
-        if info.task == "regression":
-            return pd.DataFrame({"value": prediction}, index=frame.index)
-        out = pd.DataFrame({"label": [info.classes[i] for i in decision]}, index=frame.index)
-        if info.task == "binary":
-            return out.assign(probability=prediction)
-        return out.join(pd.DataFrame(prediction, columns=list(info.classes), index=frame.index))
-
-
-mlflow.models.set_model(BundleModel())
-'''
-
-# %% ../../nbs/library/registry.ipynb #36578732
-def copy_framework(folder: Path) -> list[str]:
-    """Write the part of ekiben that serves to ``folder / "ekiben"``; return the modules' names.
-
-    It is what the service imports, and what the pyfunc and features may: nothing of training.
-    """
-    import ekiben
-
-    root = Path(ekiben.__file__).parent
-    start = ("serving.http.app", "serving.container", "columns", "rows", "arrow", "features", "encoding", "models")
-    modules = collect_modules("ekiben", root, [m for m in start if (root / f"{m.replace('.', '/')}.py").is_file()])
-    sources = {Path(f"{name.replace('.', '/')}.py"): source for name, source in modules.items()}
-    packages = {parent / "__init__.py" for path in sources for parent in path.parents}
-    sources |= {path: (root / path).read_text(encoding="utf-8") for path in packages}
-    for name, source in sources.items():
-        path = folder / "ekiben" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(source, encoding="utf-8")
-    return sorted(modules)
-
-# %% ../../nbs/library/registry.ipynb #59533803
-def requirements_of(bundle: Bundle) -> list[str]:
-    """Return what a process that serves this bundle needs, at the versions that are installed here.
-
-    Raises
-    ------
-    UsageError
-        When it imports a package that nothing installed here provides: then nobody could install it elsewhere.
-    """
-    needs = ["numpy", "msgspec"]
-    kept = {"booster.txt": ["lightgbm"], "model.onnx": ["onnxruntime"], "estimator.skops": ["scikit-learn", "skops"]}
-    needs += [package for name in bundle.part("model") for package in kept.get(name, [])]
-    known = importlib.metadata.packages_distributions()
-    needs += [known.get(n, [n])[0] for n in bundle.info.needs]
-    try:
-        return sorted({f"{n}=={importlib.metadata.version(n)}" for n in needs})
-    except importlib.metadata.PackageNotFoundError as exc:
-        raise UsageError(
-            f"the model needs `{exc.name}`, which no installed distribution provides; install it with pip, or move its code to src/"
-        ) from exc
 
 # %% ../../nbs/library/registry.ipynb #a53b153d
 class Registry:

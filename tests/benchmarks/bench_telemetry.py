@@ -18,7 +18,7 @@ from ekiben.records import Field, Schema
 from ekiben.rows import RowReader
 from ekiben.serving.signals import examiner as examining
 from ekiben.serving.signals.examiner import SAMPLE, Examiner
-from ekiben.serving.scoring.scorer import Answer
+from ekiben.serving.scoring.answers import Answer
 from ekiben.serving.signals.telemetry import Telemetry
 from ekiben.serving.signals.traces import Trace
 

@@ -159,7 +159,7 @@ def compare_candidates(
     DataError
         When no candidate has predictions.
     """
-    from ekiben.package import compare_predictions
+    from ekiben.challenge import compare_predictions
 
     names = [c.name for c in candidates if c.name in predictions]
     if not names:

@@ -66,7 +66,7 @@ def decide(comparison: Mapping[str, Any], version: str, champion: str) -> tuple[
     Parameters
     ----------
     comparison : mapping
-        ``metric``, ``champion``, ``newcomer``, ``gain``, ``low``, ``high``, ``rows``, ``note``; of `package.compare_bundles`.
+        ``metric``, ``champion``, ``newcomer``, ``gain``, ``low``, ``high``, ``rows``, ``note``; of `challenge.compare_bundles`.
     version, champion : str
     """
     if version == champion:

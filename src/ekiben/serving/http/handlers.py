@@ -20,7 +20,8 @@ from ..hosting.hosted import Hosted
 from ..journal.journal import Journal, new_ids
 from ..problem import Problem, problem_of
 from .responses import Response
-from ..scoring.scorer import Answer, Explanation, Scorer
+from ..scoring.answers import Answer, Explanation
+from ..scoring.scorer import Scorer
 from ..hosting.split import Split
 from .state import State
 from ..signals.telemetry import MEDIA_TYPE

@@ -18,88 +18,14 @@ from ...errors import IntegrityError, RowError, ServiceError
 from ...records import Schema
 from ...rows import RowReader
 from ..bundle import Bundle, Example
+from .answers import LARGEST, Answer, Explanation, require_finite
 from .compiled import Lane, compile_lane
 from .engines import open_engine
 from .symbols import Untraceable
 from .writer import Table
 
 # %% auto #0
-__all__ = ['LARGEST', 'FEW', 'Answer', 'Explanation', 'require_finite', 'request_schema', 'Scorer', 'make_examples', 'self_test']
-
-# %% ../../../../nbs/library/serving/scoring/scorer.ipynb #a0b713af
-class Answer(msgspec.Struct, omit_defaults=True):
-    """The answer for one row.
-
-    Attributes
-    ----------
-    id : str
-        To give feedback by; empty when nobody was asked over HTTP.
-    label : str or None
-        The decided class.
-    probability : float or None
-        Binary: the probability of the positive class, whichever was decided.
-    probabilities : dict of str to float, or None
-        Multiclass: the probability of every class.
-    value : float or None
-        Regression.
-    """
-
-    id: str = ""
-    label: str | None = None
-    probability: float | None = None
-    probabilities: dict[str, float] | None = None
-    value: float | None = None
-
-# %% ../../../../nbs/library/serving/scoring/scorer.ipynb #315825d4
-class Explanation(msgspec.Struct, omit_defaults=True):
-    """Why one row got its answer: ``base`` plus all ``contributions`` is ``margin``, before it becomes a probability.
-
-    With several classes each of the three is a mapping from the class.
-    """
-
-    id: str
-    base: float | dict[str, float]
-    margin: float | dict[str, float]
-    contributions: dict[str, Any]
-    label: str | None = None
-    probability: float | None = None
-    probabilities: dict[str, float] | None = None
-    value: float | None = None
-
-# %% ../../../../nbs/library/serving/scoring/scorer.ipynb #c052476e
-LARGEST = float(np.finfo(np.float32).max)
-
-
-def require_finite(said: np.ndarray, X: np.ndarray, names: Sequence[str]) -> None:
-    """Refuse the rows for which a model says no finite number.
-
-    Parameters
-    ----------
-    said : (n,) or (n, m) float64
-    X : (n, k) float64
-        What it was asked.
-    names : sequence of str
-        Of the k features.
-
-    Raises
-    ------
-    RowError
-        With the rows (at most 20 of them), and the features that are larger there than any float32, or infinite.
-    """
-    is_wrong = ~np.isfinite(said)
-    wrong = np.flatnonzero(is_wrong.any(axis=1) if said.ndim == 2 else is_wrong).tolist()
-    if not wrong:
-        return
-    errors: list[dict[str, Any]] = []
-    for i in wrong[:20]:
-        features = [f"`{names[k]}`" for k in np.flatnonzero(np.abs(X[i]) > LARGEST).tolist()]
-        large = ", ".join(features)
-        got = f"too large a number in {large}" if large else "numbers whose answer is not finite"
-        why = f"since {large} {'is' if len(features) == 1 else 'are'} too large there" if large else "though its numbers are of a usual size"
-        message = f"row {i}: the model has no finite answer, {why}"
-        errors.append({"row": i, "column": "", "got": got, "allowed": "numbers that the model can sum", "message": message})
-    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-    raise RowError(errors[0]["message"] + more, errors=errors, row=wrong[0])
+__all__ = ['FEW', 'request_schema', 'Scorer', 'make_examples', 'self_test']
 
 # %% ../../../../nbs/library/serving/scoring/scorer.ipynb #30bf66f0
 def request_schema(schema: Schema, group_by: str) -> Schema:
@@ -206,7 +132,7 @@ class Scorer:
         Raises
         ------
         RowError
-            When the row is not as the schema says.
+            When the row is not as the schema says, or has no finite answer.
         """
         prediction, info = self._predict_finite(row), self.info
         if info.task == "binary":
@@ -251,7 +177,7 @@ class Scorer:
         Raises
         ------
         RowError
-            When a row is not as the schema says.
+            When a row is not as the schema says, or has no finite answer.
         """
         if len(rows) == 1:
             return [self.score_row(rows[0])]
@@ -293,7 +219,7 @@ class Scorer:
         Raises
         ------
         RowError
-            When a row is not as the schema says.
+            When a row is not as the schema says, or has no finite answer.
         ServiceError
             When the runtime has no exact contributions.
         """
