@@ -393,7 +393,7 @@ def test_a_challenger_that_raises_loses_no_request_and_is_dropped(place, monkeyp
     assert set(versions(answers)) == {"3"} and state.split is None
     print(f"every second request failed: dropped within {time.perf_counter() - began:.2f} s and 300 requests")
     assert "requests failed" in readyz(state)["rolled_back"] and readyz(state)["share"] == 0
-    assert place.events() == ["loaded", "rolled_back"]
+    wait(lambda: place.events() == ["loaded", "rolled_back"])
     status = read_status(place.folder)
     assert status.arms["4"].errors == 50 and status.rolled_back == readyz(state)["rolled_back"]
     text = call(state, "GET", "/metrics").text
@@ -465,7 +465,8 @@ def test_a_shadow_is_judged_too(place, monkeypatch):
     monkeypatch.setattr(state.split.challenger.scorer, "score_rows", lambda rows: 1 / 0)
     ask(state, range(60))
     wait(lambda: state.split is None)
-    assert "requests failed" in readyz(state)["rolled_back"] and place.events()[-1] == "rolled_back"
+    assert "requests failed" in readyz(state)["rolled_back"]
+    wait(lambda: place.events()[-1] == "rolled_back")
 
 
 def test_a_sound_challenger_stays(place):
