@@ -480,10 +480,18 @@ async def load(port: int, body: bytes, stop: asyncio.Event, answered: dict[str, 
         writer.close()
 
 
+async def pulse(stop: asyncio.Event, stalls: list[float]) -> None:
+    """Note for how long the machine, busy with others, let nothing of ours run."""
+    while not stop.is_set():
+        began = time.monotonic()
+        await asyncio.sleep(0.005)
+        stalls.append(time.monotonic() - began - 0.005)
+
+
 def kill_under_load(
     bundle: Path, folder: Path, durability: str, seconds: float, clients: int = 8, *, encryption: bool = False
-) -> tuple[dict, float, set]:
-    """Start a service, load it, kill it; return what was answered and when, when it was killed, and what was kept."""
+) -> tuple[dict, float, set, float]:
+    """Start a service, load it, kill it; return what was answered and when, when it was killed, what was kept, the longest stall."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -491,7 +499,7 @@ def kill_under_load(
     server = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert server.stdout is not None and server.stdout.readline() == b"[]\n", "nothing heavy in the service"
     row = {"age": 30, "income": 1.0, "job": "clerk", "place": "L", "member": True, "since": "2020-01-01", "id": 17}
-    body, answered = json.dumps({"rows": [row]}).encode(), dict[str, float]()
+    body, answered, stalls = json.dumps({"rows": [row]}).encode(), dict[str, float](), [0.0]
 
     async def go() -> float:
         deadline = time.monotonic() + 60
@@ -504,10 +512,13 @@ def kill_under_load(
                 await asyncio.sleep(0.05)
         stop = asyncio.Event()
         asking = [asyncio.create_task(load(port, body, stop, answered)) for _ in range(clients)]
+        beating = asyncio.create_task(pulse(stop, stalls))
         await asyncio.sleep(seconds)
         killed = time.monotonic()
         server.send_signal(signal.SIGKILL)
         await asyncio.gather(*asking)
+        stop.set()
+        await beating
         return killed
 
     killed = asyncio.run(go())
@@ -515,20 +526,21 @@ def kill_under_load(
     server.stdout.close()
     for path in list_segments(folder):
         assert Segment.read(path).origin is not None, "every segment can be read"
-    return answered, killed, {e["id"] for e in read_journal(folder)}
+    return answered, killed, {e["id"] for e in read_journal(folder)}, max(stalls)
 
 
 def check_kills(project, folder: Path, durability: str, times: int) -> list[int]:
     lost, rng = [], random.Random(7)
     for n in range(times):
         place, seconds = folder / str(n) / "journal", rng.uniform(0.2, 0.8)
-        answered, killed, kept = kill_under_load(project.bundle.folder, place, durability, seconds, encryption=n % 2 == 1)
+        answered, killed, kept, stall = kill_under_load(project.bundle.folder, place, durability, seconds, encryption=n % 2 == 1)
         missing = [at for id_, at in answered.items() if id_ not in kept]
         assert len(answered) > 20
         if durability == "sync":
             assert missing == []
         else:
-            assert all(at > killed - 0.1 for at in missing), f"{killed - min(missing):.3f} s of answers are missing"
+            late = killed - min(missing, default=killed)
+            assert late < 0.1 + stall, f"{late:.3f} s of answers are missing; nothing ran for {stall:.3f} s"
         lost.append(len(missing))
     return lost
 

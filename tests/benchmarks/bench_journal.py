@@ -123,7 +123,7 @@ def kill(bundle: Path, folder: Path, durability: str, times: int) -> tuple[int, 
     answers = lost = 0
     worst, rng = 0.0, random.Random(1)
     for n in range(times):
-        answered, killed, kept = kill_under_load(bundle, folder / f"{durability}{n}", durability, rng.uniform(0.3, 1.2))
+        answered, killed, kept, _ = kill_under_load(bundle, folder / f"{durability}{n}", durability, rng.uniform(0.3, 1.2))
         missing = [at for id_, at in answered.items() if id_ not in kept]
         answers, lost = answers + len(answered), lost + len(missing)
         worst = max([worst, *((killed - at) * 1e3 for at in missing)])
