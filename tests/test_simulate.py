@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from msgspec import structs
 
 from ekiben.data.credit import CreditOptions, simulate_credit, truth
 from ekiben.errors import DataError, ServiceError, UsageError
+from ekiben.monitor.records import Alert
 from ekiben.records import Measure
 from ekiben.simulate.client import Callers, Orders
 from ekiben.simulate.played import Played
@@ -30,6 +32,7 @@ from ekiben.simulate.labels import LabelQueue
 from ekiben.simulate.page import summarize, write_page
 from ekiben.simulate.picture import draw_story, version_colors
 from ekiben.simulate.plan import SCENARIOS, Plan, make_plan
+from ekiben.simulate.run import Director
 from ekiben.simulate.stage import exchange_labels, world_table
 from ekiben.simulate.story import DayStory, Happening, Served, Story, measure_quality, tell_days, tell_served, touched_by
 from ekiben.simulate.traffic import Asked, CreditTraffic, TableTraffic, cut_table
@@ -429,12 +432,37 @@ def test_any_story_can_be_drawn(days: int, measured: bool, at: list[float]) -> N
     figure = draw_story(story)
     figure.draw_without_rendering()
     assert len(figure.axes) == 6
+    assert min(text.get_window_extent().y0 for text in figure.axes[-1].texts) > -0.02 * figure.bbox.height, "every word has room"
 
 
 def test_each_version_has_a_colour_of_its_own() -> None:
     served = [Served(since=0, until=1, versions={str(v): 1 for v in range(1, 7)})]
     colors = version_colors(structs.replace(made_story(), served=served, roles={"1": "first", "2": "retrained", "3": "retrained", "4": "bad"}))
     assert len(set(colors.values())) >= 5 and len(colors) == 6
+
+
+@pytest.mark.parametrize(("if_due", "goes_on"), [(True, False), (False, True)])
+def test_a_training_that_nothing_asked_for_and_that_was_in_vain_is_the_last(monkeypatch, if_due: bool, goes_on: bool) -> None:
+    told: list[str] = []
+    director = SimpleNamespace(operator=None, has_learnt=False, note=lambda kind, says: told.append(says))
+    kept = SimpleNamespace(decision="rejected", reasons=["shown to be worse: " + "much " * 50])
+    monkeypatch.setattr("ekiben.simulate.run.retrain", lambda operator, if_due: kept)
+    Director._mend(director, if_due=if_due)  # type: ignore[arg-type]
+    assert director.has_learnt is not goes_on and told[0].endswith("much …")
+
+
+def test_an_alert_that_stands_for_every_version_is_told_once(monkeypatch) -> None:
+    told: list[str] = []
+    alerts = [Alert(id=f"fairness-{v}", kind="fairness", column="sex", figure="demographic_parity_ratio", value=0.7, limit=0.8, since="", says=f"version {v}", rows="", advice="") for v in (1, 2)]
+    reports = iter(SimpleNamespace(alerts=[alert]) for alert in alerts)
+    monkeypatch.setattr("ekiben.simulate.run.look", lambda *span: next(reports))
+    director = SimpleNamespace(
+        operator=None, clock=SimpleNamespace(span=lambda a, b: ("", "")), reports={}, fed_badly_until=-1, plan=PLAN, moved_before=False,
+        told=set(), note=lambda kind, says: told.append(says), has_learnt=True, roles={},
+    )  # fmt: skip
+    for day in (1, 2):
+        Director._look(director, day)  # type: ignore[arg-type]
+    assert told == ["version 1"]
 
 
 # --- the whole

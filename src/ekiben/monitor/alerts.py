@@ -69,6 +69,7 @@ def alert_id(*parts: str) -> str:
 _SAYS_WHAT = {"missing": "missing", "unseen": "unseen", "range": "range"}
 _ADVICE = {
     "missing": "Look at the feed of `{0}`: what fills it may be down. The model imputes what is missing; `[serve] missing = reject` refuses it.",
+    "filled": "Fewer values of `{0}` are missing than in training: a default may fill them now, or training had rows of a broken feed, and `ekiben retrain` on recent rows forgets those.",
     "unseen": "Look at the new values of `{0}`: a changed coding at the source, or a new kind of case; `ekiben retrain` learns it.",
     "range": "Look at the unit and the source of `{0}`; values outside what training held are extrapolated.",
     "drift": "Compare `{0}` with its source. If the world changed, `ekiben retrain` on recent rows; if the feed did, mend the feed.",
@@ -94,11 +95,14 @@ def alerts_of_columns(drifts: Iterable[DriftSeen], inputs: Mapping[str, Any], ro
         kind = _SAYS_WHAT.get(d.statistic, "drift")
         own = inputs.get(d.column)
         value, limit, figure = d.size, d.floor, "share of rows moved"
-        if own is not None and kind != "drift":
+        is_filled = own is not None and kind == "missing" and own.missing < own.reference_missing
+        if own is not None and is_filled:
+            kind, value, limit, figure = "drift", own.missing, max(own.reference_missing - d.floor, 0.0), "missing share"
+        elif own is not None and kind != "drift":
             value = {"missing": own.missing, "unseen": own.unseen, "range": own.out_of_range}[kind]
             limit = own.reference_missing + d.floor if kind == "missing" else d.floor
             figure = {"missing": "missing share", "unseen": "unseen share", "range": "out-of-range share"}[kind]
-        advice = _ADVICE["prediction" if d.column.startswith("prediction") else kind].format(d.column)
+        advice = _ADVICE["prediction" if d.column.startswith("prediction") else "filled" if is_filled else kind].format(d.column)
         out.append(
             Alert(
                 id=alert_id(kind, d.column, *tag), kind=kind, column=d.column, figure=figure, value=value, limit=limit,  # type: ignore[arg-type]

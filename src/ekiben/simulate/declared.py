@@ -77,7 +77,7 @@ def _drift(plan: Plan, figures: Figures, happened: Sequence[Happening]) -> list[
     after, best = _known(figures, "quality_after"), _known(figures, "quality_best")
     gap = best - after
     steps[f"quality afterwards is within {plan.within:g} of a model trained on the new world"] = (
-        gap <= plan.within, f"{after:.4f}, and {best:.4f} for the other: {gap:+.4f} short" if isfinite(gap) else "not measured",
+        gap <= plan.within, f"{after:.4f}, and {best:.4f} for the other: {abs(gap):.4f} {'short' if gap > 0 else 'above'}" if isfinite(gap) else "not measured",
     )  # fmt: skip
     return [Expectation(name=name, is_met=bool(is_met), says=says if is_met or isfinite(noticed) or name != "the drift is noticed" else "it never was") for name, (is_met, says) in steps.items()]
 

@@ -185,18 +185,26 @@ def _words(ax: Axes, story: Story) -> None:
         ax.annotate(small, (0, y - 0.041), xycoords="axes fraction", fontsize=9.5, color=MUTED, va="top")
         y -= 0.077
     y -= 0.015
-    room = max(0.016, min(0.0212, (y - 0.01) / max(1, sum(len(_wrapped(h.says)) + 0.6 for h in story.happened))))
-    for number, one in enumerate(story.happened, start=1):
+    happened = _told(story.happened)
+    for width in (47, 54, 62):  # the smaller the letters, the more of them in a line
+        told = [textwrap.wrap(f"day {one.at:.1f}: {one.says}", width) for one in happened]
+        room = min(0.0212, y / max(1, sum(len(lines) + 0.5 for lines in told)))
+        if (size := min(9.0, 9.0 * room / 0.0165)) >= 9 * 47 / width:
+            break
+    size = min(size, 9 * 47 / width)
+    for number, (one, lines) in enumerate(zip(happened, told, strict=True), start=1):
         color = _MARKS.get(one.kind, MUTED)
-        ax.annotate(f"{number}", (0.0, y), xycoords="axes fraction", fontsize=9, fontweight="bold", color=color, va="top")
-        for line in _wrapped(f"day {one.at:.1f}: {one.says}"):
-            ax.annotate(line, (0.065, y), xycoords="axes fraction", fontsize=9, color=INK, va="top")
+        ax.annotate(f"{number}", (0.0, y), xycoords="axes fraction", fontsize=size, fontweight="bold", color=color, va="top")
+        for line in lines:
+            ax.annotate(line, (0.065, y), xycoords="axes fraction", fontsize=size, color=INK, va="top")
             y -= room
         y -= 0.5 * room
 
 
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, 47)
+def _told(happened: Sequence[Happening]) -> list[Happening]:
+    """Return what happened, without the canaries whose end is told, too."""
+    ended = {one.version for one in happened if one.kind in ("promoted", "failed", "rolled_back")}
+    return [one for one in happened if one.kind != "canary" or one.version not in ended]
 
 
 def _headline(figures: dict[str, float | None]) -> list[tuple[str, str]]:
@@ -251,7 +259,7 @@ def draw_story(story: Story) -> Figure:
     for ax in (quality, fairness):
         ax.grid(axis="y")
     fairness.set_xlabel("simulated day")
-    _marks(marks, (quality, served, drift, fairness), story.happened, n)
+    _marks(marks, (quality, served, drift, fairness), _told(story.happened), n)
     _words(figure.add_subplot(grid[:, 1]), story)
     figure.suptitle(f"{n} days of {story.model} in production", x=0.012, ha="left", fontsize=17, fontweight="bold")
     return figure

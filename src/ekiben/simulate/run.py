@@ -68,7 +68,7 @@ class Director:
         self.last_try = -99
         self.has_learnt = False
         self.sent = 0
-        self.told: set[str] = set()
+        self.told: set[tuple[str, str, str]] = set()
 
     def play(self) -> Played:
         """Play all days; return what the callers saw."""
@@ -147,8 +147,8 @@ class Director:
             self.fed_badly_until = day + self.plan.label_delay + 1
         move, alert = decide(report.alerts, moved_before=self.moved_before, fed_badly=day <= self.fed_badly_until)
         for one in report.alerts:
-            if one.kind in CHRONIC and one.id not in self.told:
-                self.told.add(one.id)
+            if one.kind in CHRONIC and (what := (one.kind, one.figure, one.column)) not in self.told:
+                self.told.add(what)  # once, not again for each version
                 self.note("alert", _short(one))
         self.moved_before = any(a.kind == "drift" for a in report.alerts)
         if alert is None and may_act and not self.has_learnt and "retrained" in self.roles.values():
@@ -178,7 +178,8 @@ class Director:
         if done.decision == "not_due":
             return
         if done.decision not in ("promoted", "shadow"):
-            self.note("kept", f"trained anew, and kept as it was: {'; '.join(done.reasons)[:140]}")
+            self.has_learnt = if_due  # nobody gains by more of the same rows now
+            self.note("kept", f"trained anew, and kept as it was: {_cut('; '.join(done.reasons), 170)}")
             return
         found = done.comparison
         self.has_learnt = if_due and (found.get("gain") or 0.0) < ENOUGH
@@ -222,7 +223,12 @@ def _short(alert: Alert) -> str:
     says, before = alert.says, ""
     while says != before:  # the innermost first
         says, before = re.sub(r" \([^()]*\)", "", says), says
-    return says if len(says) < 130 else says[:127] + "…"
+    return _cut(says, 130)
+
+
+def _cut(says: str, most: int) -> str:
+    """Return a text, or as many of its words as there is room for."""
+    return says if len(says) <= most else says[:most].rsplit(" ", 1)[0] + " …"
 
 
 def newest_version(operator: Operator) -> str:
