@@ -64,7 +64,7 @@ def linear(request, tmp_path_factory) -> Path:
 def refusal(answer: httpx.Response) -> dict[str, Any]:
     assert answer.status_code == 422, answer.text
     (mistake,) = answer.json()["errors"]
-    assert "no finite answer" in answer.json()["detail"] and "e+308" not in answer.text
+    assert "no finite answer" in answer.json()["detail"] and "1.7e" not in answer.text and "1e+150" not in answer.text
     return mistake
 
 

@@ -118,6 +118,13 @@ def call(app: ServiceApp, method: str, path: str, **kwargs: Any) -> httpx.Respon
     return asyncio.run(ask(app, method, path, **kwargs))
 
 
+def is_extreme(value: Any) -> bool:
+    """Return whether a number of a request, or its inverse, could be too large for a model."""
+    if isinstance(value, dict | list):
+        return any(map(is_extreme, value.values() if isinstance(value, dict) else value))
+    return type(value) in (int, float) and value != 0 and not 1e-30 < abs(value) < 1e30
+
+
 def ask_as_described(operation: Any, mode: Any, examples: int) -> None:
     @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(case=operation.as_strategy(generation_mode=mode))
@@ -126,7 +133,7 @@ def ask_as_described(operation: Any, mode: Any, examples: int) -> None:
             case.headers["Idempotency-Key"] = str(uuid.uuid4())  # one that came before is for the same body only
         answer = case.call()
         # No JSON Schema could say which bytes are a table, nor which numbers are too large for a model.
-        is_beyond = case.media_type in TABLES or (answer.status_code == 422 and "no finite answer" in answer.text)
+        is_beyond = case.media_type in TABLES or (is_extreme(case.body) and "no finite answer" in answer.text)
         case.validate_response(answer, excluded_checks=ACCEPTANCE if is_beyond else [])
 
     run()

@@ -19,7 +19,7 @@ from .errors import RowError, did_you_mean
 from .records import Field, Kind, Schema
 
 # %% auto #0
-__all__ = ['LONGEST_DATE', 'parse_date', 'name_type', 'Check', 'RowReader']
+__all__ = ['LONGEST_DATE', 'parse_date', 'name_type', 'Check', 'refusal', 'RowReader']
 
 # %% ../../nbs/library/rows.ipynb #fc7312de
 LONGEST_DATE = 48  # a moment with nanoseconds, and with the seconds of its zone, has 45 characters
@@ -157,8 +157,18 @@ def _mistake(row: int, column: str, got: str, allowed: str) -> dict[str, Any]:
     return {"row": row, "column": column, "got": got, "allowed": allowed, "message": f"{where} takes {allowed}, got {got}"}
 
 
-def _refusal(errors: list[dict[str, Any]]) -> RowError:
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+def refusal(errors: list[dict[str, Any]], of: int = 0) -> RowError:
+    """Return the error that lists mistakes.
+
+    Parameters
+    ----------
+    errors : list of dict
+        At least one, each with ``message``, and with what it can say of ``row``, ``column``, ``got`` and ``allowed``.
+    of : int
+        How many there are in all, where not all are listed.
+    """
+    rest = max(of, len(errors)) - 1
+    more = f" (and {rest} more)" if rest else ""
     first = {key: value for key, value in errors[0].items() if key != "message"}
     return RowError(errors[0]["message"] + more, errors=errors, **first)
 
@@ -315,7 +325,7 @@ class RowReader:
                 except ValueError as exc:
                     errors.append(_mistake(i, check.name, str(exc), check.allowed))
         if errors:
-            raise _refusal(errors[: self.max_errors])
+            raise refusal(errors[: self.max_errors])
         dtypes: dict[str, Any] = {"number": np.float64, "flag": np.float64, "date": "datetime64[us]"}
         values = {c.name: np.array(found[c.name], dtype=dtypes.get(c.field.kind, object)) for c in self.checks}
         return Columns.trusted(values, self.kinds, len(rows)) if not values else Columns(values, self.kinds)

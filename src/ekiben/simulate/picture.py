@@ -177,15 +177,14 @@ def _marks(ax: Axes, panels: Sequence[Axes], happened: Sequence[Happening], days
     ax.set_axis_off()
 
 
-def _words(ax: Axes, story: Story) -> None:
-    figures, y = story.figures, 1.0
+def _words(ax: Axes, figures: dict[str, float | None], happened: Sequence[Happening]) -> None:
+    y = 1.0
     ax.set_axis_off()
     for big, small in _headline(figures):
         ax.annotate(big, (0, y), xycoords="axes fraction", fontsize=19, fontweight="bold", color=ACCENT, va="top")
         ax.annotate(small, (0, y - 0.041), xycoords="axes fraction", fontsize=9.5, color=MUTED, va="top")
         y -= 0.077
     y -= 0.015
-    happened = _told(story.happened)
     for width in (47, 54, 62):  # the smaller the letters, the more of them in a line
         told = [textwrap.wrap(f"day {one.at:.1f}: {one.says}", width) for one in happened]
         room = min(0.0212, y / max(1, sum(len(lines) + 0.5 for lines in told)))
@@ -259,7 +258,8 @@ def draw_story(story: Story) -> Figure:
     for ax in (quality, fairness):
         ax.grid(axis="y")
     fairness.set_xlabel("simulated day")
-    _marks(marks, (quality, served, drift, fairness), _told(story.happened), n)
-    _words(figure.add_subplot(grid[:, 1]), story)
+    happened = _told(story.happened)
+    _marks(marks, (quality, served, drift, fairness), happened, n)
+    _words(figure.add_subplot(grid[:, 1]), story.figures, happened)
     figure.suptitle(f"{n} days of {story.model} in production", x=0.012, ha="left", fontsize=17, fontweight="bold")
     return figure

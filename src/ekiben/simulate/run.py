@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 import shutil
 import tempfile
 import time
@@ -179,7 +180,7 @@ class Director:
             return
         if done.decision not in ("promoted", "shadow"):
             self.has_learnt = if_due  # nobody gains by more of the same rows now
-            self.note("kept", f"trained anew, and kept as it was: {_cut('; '.join(done.reasons), 170)}")
+            self.note("kept", f"trained anew, and kept as it was: {textwrap.shorten('; '.join(done.reasons), 170, placeholder=' …')}")
             return
         found = done.comparison
         self.has_learnt = if_due and (found.get("gain") or 0.0) < ENOUGH
@@ -223,12 +224,7 @@ def _short(alert: Alert) -> str:
     says, before = alert.says, ""
     while says != before:  # the innermost first
         says, before = re.sub(r" \([^()]*\)", "", says), says
-    return _cut(says, 130)
-
-
-def _cut(says: str, most: int) -> str:
-    """Return a text, or as many of its words as there is room for."""
-    return says if len(says) <= most else says[:most].rsplit(" ", 1)[0] + " …"
+    return textwrap.shorten(says, 130, placeholder=" …")
 
 
 def newest_version(operator: Operator) -> str:

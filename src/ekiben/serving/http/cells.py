@@ -13,9 +13,9 @@ import numpy as np
 
 from ...arrow import FLAGS
 from ...columns import Columns
-from ...errors import RowError, did_you_mean
+from ...errors import did_you_mean
 from ...records import Field
-from ...rows import Check, RowReader
+from ...rows import Check, RowReader, refusal
 
 # %% auto #0
 __all__ = ['DTYPES', 'check_names', 'refuse', 'to_json_value', 'read_texts', 'check_numbers', 'rows_of', 'as_columns',
@@ -50,10 +50,7 @@ def refuse(wrong: list[tuple[str, str, str, str]], reader: RowReader) -> None:
     """Raise a `RowError` that lists columns that are wrong as a whole: name, what came, what is allowed, and a sentence."""
     if wrong:
         keys = ("column", "got", "allowed", "message")
-        errors = [dict(zip(keys, said, strict=True)) for said in wrong[: reader.max_errors]]
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        first = {key: errors[0][key] for key in keys[:3]}
-        raise RowError(errors[0]["message"] + more, errors=errors, **first)
+        raise refusal([dict(zip(keys, said, strict=True)) for said in wrong[: reader.max_errors]], of=len(wrong))
 
 # %% ../../../../nbs/library/serving/http/cells.ipynb #8e33730b
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?", re.ASCII)

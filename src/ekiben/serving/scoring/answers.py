@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from ...errors import RowError
+from ...rows import refusal
 
 # %% auto #0
 __all__ = ['LARGEST', 'Answer', 'Explanation', 'require_finite']
@@ -57,7 +57,7 @@ class Explanation(msgspec.Struct, omit_defaults=True):
     value: float | None = None
 
 # %% ../../../../nbs/library/serving/scoring/answers.ipynb #c052476e
-LARGEST = float(np.finfo(np.float32).max)
+LARGEST = float(np.finfo(np.float32).max)  # beyond it, estimators that compute in float32 see infinity
 
 
 def require_finite(said: np.ndarray, X: np.ndarray, names: Sequence[str]) -> None:
@@ -88,5 +88,4 @@ def require_finite(said: np.ndarray, X: np.ndarray, names: Sequence[str]) -> Non
         why = f"since {large} {'is' if len(features) == 1 else 'are'} too large there" if large else "though its numbers are of a usual size"
         message = f"row {i}: the model has no finite answer, {why}"
         errors.append({"row": i, "column": "", "got": got, "allowed": "numbers that the model can sum", "message": message})
-    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-    raise RowError(errors[0]["message"] + more, errors=errors, row=wrong[0])
+    raise refusal(errors, of=len(wrong))

@@ -90,14 +90,18 @@ class Scorer:
         RowError
             When the answer for a row is no finite number.
         """
-        X = self.to_matrix(columns)
+        prediction = self._predict(self.to_matrix(columns), threads)
+        return prediction, self.decide(prediction, columns)
+
+    def _predict(self, X: np.ndarray, threads: int = 1) -> np.ndarray:
+        names = self.bundle.preprocessor.names
         try:
             prediction = self.engine.predict(X, threads)
         except Exception:  # an estimator may refuse numbers, most do what is no float32
-            require_finite(np.where(np.abs(X) > LARGEST, np.inf, 0.0), X, self.bundle.preprocessor.names)
+            require_finite(np.where(np.abs(X) > LARGEST, np.inf, 0.0), X, names)
             raise
-        require_finite(prediction, X, self.bundle.preprocessor.names)
-        return prediction, self.decide(prediction, columns)
+        require_finite(prediction, X, names)
+        return prediction
 
     @cached_property
     def lane(self) -> Lane:
@@ -229,7 +233,9 @@ class Scorer:
             answers, X = [self.score_row(rows[0])], self._encode_row(rows[0])
         else:
             columns = self.reader.read(rows)
-            X, answers = self.to_matrix(columns), self.to_answers(*self.score_columns(columns))
+            X = self.to_matrix(columns)
+            prediction = self._predict(X)
+            answers = self.to_answers(prediction, self.decide(prediction, columns))
         terms, margins = self.engine.contributions(X), self.engine.margin(X)
         for told in (margins, terms.reshape(len(X), -1)):
             require_finite(told, X, self.bundle.preprocessor.names)
